@@ -1,0 +1,380 @@
+"""The configuration: one strict JSON file as frozen values, with its published JSON Schema."""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+
+from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier
+from ai_agent_server.core.task_packet import Limits
+from ai_agent_server.core.workflow import END, Workflow
+from ai_agent_server.errors import ConfigurationError
+from ai_agent_server.llm_engines.base import EngineTimeouts
+from ai_agent_server.sandbox.base import SandboxLimits
+
+SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
+MAX_BYTES = 4 * 1024 * 1024
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+
+RESERVED_PROFILES = frozenset(
+    {
+        "accelerators",
+        "chat",
+        "config",
+        "context",
+        "docs",
+        "health",
+        "llms",
+        "load-balancer",
+        "metrics",
+        "models",
+        "openapi",
+        "profiles",
+        "schema",
+        "tasks",
+        "tools",
+    }
+)
+"""Path segments below /api/v1 that are routes of their own; a profile may not shadow them."""
+RESERVED_ROLES = frozenset({END, "user"})
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the file. An unknown key is refused."""
+
+
+class Accelerator(_Section, frozen=True, kw_only=True):
+    """Memory that models share: one GPU, or RAM under the name `cpu`."""
+
+    memory_mb: int
+    headroom_mb: int = 512
+
+
+class EnvSecret(_Section, frozen=True, kw_only=True):
+    """Where a secret is found; the file itself never holds one."""
+
+    env: str
+
+
+class LLMSettings(_Section, frozen=True, kw_only=True):
+    """A configured LLM: a model on an engine."""
+
+    engine: str
+    """A file below llm_engines: `local.llama_cpp`, `local.ollama`, `api.openai`."""
+    model: str
+    source: Literal["local", "api"]
+    toggle: bool = True
+    """On or off; flipped at run time by PATCH /api/v1/llms/{name} and kept over a restart."""
+    locked: bool = False
+    """What is assigned to this LLM is never moved to another."""
+    tier: Tier = "small"
+    context: int = 4096
+    slots: int = 1
+    capabilities: tuple[Capability, ...] = ("chat",)
+    accelerator: str | None = None
+    memory_mb: int | None = None
+    api_key: EnvSecret | None = None
+    cost_per_million_input_usd: float = 0.0
+    cost_per_million_output_usd: float = 0.0
+    timeouts: EngineTimeouts = EngineTimeouts()
+    options: JSONObject = msgspec.field(default_factory=dict)
+
+
+class RoleSettings(_Section, frozen=True, kw_only=True):
+    """A role of a profile. With a prompt file and a schema it needs no code of its own."""
+
+    agent: str | None = None
+    """A file below agents (`developer.qa`), `prompt`, or `external` (an outside agent reports by
+    feedback). By default the file that has the profile's and role's name, else `prompt`."""
+    description: str = ""
+    llm: str | None = None
+    tier: Tier | None = None
+    prefer: tuple[str, ...] = ()
+    privacy: Privacy = "any"
+    prompt: str | None = None
+    """A file, relative to the configuration's folder or to the packaged prompts. By default
+    `<profile>/<role>.md`."""
+    payload_schema: JSONObject | None = None
+    result_schema: JSONObject | None = None
+    max_tokens: int = 512
+    temperature: float = 0.0
+    limits: Limits | None = None
+    options: JSONObject = msgspec.field(default_factory=dict)
+
+
+class ProfileSettings(_Section, frozen=True, kw_only=True):
+    """A profile: its roles and how they follow each other."""
+
+    roles: dict[str, RoleSettings]
+    description: str = ""
+    workflow: Workflow = Workflow()
+    payload_schema: JSONObject | None = None
+    """For every role that has none of its own."""
+
+
+class CircuitSettings(_Section, frozen=True, kw_only=True):
+    """When an LLM that fails is left alone."""
+
+    failures: int = 5
+    cooldown_s: float = 30.0
+
+
+class RetrySettings(_Section, frozen=True, kw_only=True):
+    """How an LLM call is repeated before its first token."""
+
+    attempts: int = 3
+    backoff_s: float = 0.25
+    backoff_max_s: float = 8.0
+
+
+class BalancerSettings(_Section, frozen=True, kw_only=True):
+    """How an LLM is chosen."""
+
+    strategy: str = "resident_first"
+    """A file below load_balancer/strategies."""
+    circuit: CircuitSettings = CircuitSettings()
+    retry: RetrySettings = RetrySettings()
+    max_wait_s: float = 120.0
+
+
+class MessagingSettings(_Section, frozen=True, kw_only=True):
+    """The Message Control Protocol's transport."""
+
+    enabled: bool = True
+    url: str | None = None
+    """Your nats-server; by default the one that is shipped runs as a private child on loopback."""
+    credentials: EnvSecret | None = None
+    """A variable that holds `user:password` or a token."""
+    metrics_interval_s: float = 10.0
+
+
+class StoreSettings(_Section, frozen=True, kw_only=True):
+    """Where tasks are kept."""
+
+    kind: str = "json_file_store"
+    """A file below tasks_state."""
+
+
+class SandboxSettings(_Section, frozen=True, kw_only=True):
+    """Where model-written code runs. `unsafe` runs it unconfined, and must be written out."""
+
+    tier: Literal["auto", "bubblewrap", "landlock", "unsafe"] = "auto"
+    limits: SandboxLimits = SandboxLimits()
+
+
+class ServerSettings(_Section, frozen=True, kw_only=True):
+    """Intake, work at the same time, and shutdown."""
+
+    max_running: int = 4
+    max_live: int = 1000
+    max_body_mb: float = 8.0
+    shutdown_s: float = 10.0
+    allowed_folders: tuple[str, ...] = ()
+    """Folders from which a payload may name files (images for vision)."""
+
+
+class Settings(_Section, frozen=True, kw_only=True):
+    """The whole file."""
+
+    schema: str = msgspec.field(default="", name="$schema")
+    accelerators: dict[str, Accelerator] = msgspec.field(default_factory=dict)
+    llms: dict[str, LLMSettings]
+    profiles: dict[str, ProfileSettings]
+    balancer: BalancerSettings = BalancerSettings()
+    messaging: MessagingSettings = MessagingSettings()
+    store: StoreSettings = StoreSettings()
+    sandbox: SandboxSettings = SandboxSettings()
+    server: ServerSettings = ServerSettings()
+    limits: Limits = Limits()
+
+
+def json_schema() -> JSONObject:
+    """The JSON Schema (2020-12) of configuration.json; it is what files are checked against."""
+    schema = msgspec.json.schema(Settings)
+    definitions = schema["$defs"]
+    for section, key in (("Settings", "llms"), ("Settings", "profiles"), ("ProfileSettings", "roles")):
+        definitions[section]["properties"][key]["propertyNames"] = {"pattern": NAME_PATTERN}
+    for definition in definitions.values():
+        for name, prop in definition.get("properties", {}).items():
+            if name.endswith(("_s", "_mb", "_kb")) and prop.get("type") in {"number", "integer"}:
+                prop["minimum"] = 0
+            if name in {"context", "slots", "max_running", "max_live", "max_tokens", "attempts", "calls"}:
+                prop["minimum"] = 1
+    return {"$schema": SCHEMA_ID, "title": "configuration.json of AI-Agent-Server", **schema}
+
+
+def packaged_configuration() -> bytes:
+    """The packaged default, which needs no key and no network."""
+    return resources.files("ai_agent_server.config").joinpath("configuration.json").read_bytes()
+
+
+def load(path: Path | None) -> Settings:
+    """The settings in `path`, or the packaged default. Raises `ConfigurationError`."""
+    if path is None:
+        return parse(packaged_configuration(), source="packaged configuration.json")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigurationError(f"larger than {MAX_BYTES // 1024 // 1024} MiB", source=str(path))
+        text = path.read_bytes()
+    except OSError as exc:
+        raise ConfigurationError(f"cannot be read: {exc.strerror}", source=str(path)) from exc
+    return parse(text, source=str(path))
+
+
+def parse(text: bytes, *, source: str) -> Settings:
+    """The settings in `text`. Raises `ConfigurationError` with the JSON pointer of the first mistake."""
+    try:
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except UnicodeDecodeError as exc:
+        raise ConfigurationError(f"not UTF-8 at byte {exc.start}", source=source) from exc
+    except json.JSONDecodeError as exc:
+        raise ConfigurationError(
+            f"not JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}", source=source
+        ) from exc
+    except RecursionError as exc:
+        raise ConfigurationError("nested too deep", source=source) from exc
+    except _DuplicateKeyError as exc:
+        raise ConfigurationError(
+            f"the key {exc.args[0]!r} stands twice in one object", source=source
+        ) from exc
+    mistake = best_match(Draft202012Validator(json_schema()).iter_errors(document))
+    if mistake is not None:
+        raise _from_schema(mistake, source)
+    settings = msgspec.convert(document, Settings)
+    _check_meaning(settings, source)
+    return settings
+
+
+def secret(reference: EnvSecret | None, environ: Mapping[str, str]) -> str | None:
+    """The secret that is referred to, None where there is none."""
+    return environ.get(reference.env) if reference is not None else None
+
+
+def environment() -> Mapping[str, str]:
+    """The process's environment, read here alone."""
+    return os.environ
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise _DuplicateKeyError(key)
+        seen[key] = value
+    return seen
+
+
+def json_pointer(path: tuple[str | int, ...]) -> str:
+    """RFC 6901."""
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def _from_schema(mistake: ValidationError, source: str) -> ConfigurationError:
+    path = tuple(mistake.absolute_path)
+    choices: tuple[str, ...] = ()
+    problem = mistake.message
+    if mistake.validator == "additionalProperties":
+        known = tuple(mistake.schema.get("properties", {}))
+        unknown = [key for key in mistake.instance if key not in known]
+        path, choices = (*path, unknown[0]), known
+        problem = f"unknown key {unknown[0]!r}"
+    elif mistake.validator == "enum":
+        choices = tuple(str(choice) for choice in mistake.validator_value)
+        problem = f"{mistake.instance!r} is not one of the choices"
+    elif mistake.validator == "pattern":
+        problem = f"{mistake.instance!r} must be lower-case letters, digits and '-', 63 at most"
+    return ConfigurationError(problem, pointer=json_pointer(path), choices=choices, source=source)
+
+
+def _check_meaning(settings: Settings, source: str) -> None:
+    """What a schema cannot say: names that refer to each other."""
+
+    def wrong(problem: str, *path: str | int, choices: tuple[str, ...] = ()) -> ConfigurationError:
+        return ConfigurationError(problem, pointer=json_pointer(path), choices=choices, source=source)
+
+    if not settings.llms:
+        raise wrong("there must be at least one LLM", "llms")
+    for name, llm in settings.llms.items():
+        if llm.accelerator is not None and llm.accelerator not in settings.accelerators:
+            raise wrong(
+                f"unknown accelerator {llm.accelerator!r}",
+                "llms", name, "accelerator",
+                choices=tuple(settings.accelerators),
+            )  # fmt: skip
+        remote = "base_url" in llm.options or llm.engine.startswith("api.")
+        if llm.source == "local" and remote and not _is_loopback(llm.options):
+            raise wrong(
+                "an LLM with source 'local' is on this machine: its base_url has to be a loopback address",
+                "llms", name, "source",
+            )  # fmt: skip
+    for name, accelerator in settings.accelerators.items():
+        if accelerator.headroom_mb >= accelerator.memory_mb:
+            raise wrong("headroom_mb leaves no memory", "accelerators", name, "headroom_mb")
+    _check_profiles(settings, wrong)
+
+
+def _check_profiles(settings: Settings, wrong: Any) -> None:
+    llms = tuple(settings.llms)
+    for profile_name, profile in settings.profiles.items():
+        here: tuple[str | int, ...] = ("profiles", profile_name)
+        if profile_name in RESERVED_PROFILES:
+            raise wrong(
+                f"the profile name {profile_name!r} would shadow the route /api/v1/{profile_name}", *here
+            )
+        if not profile.roles:
+            raise wrong("a profile needs at least one role", *here, "roles")
+        for role_name, role in profile.roles.items():
+            there = (*here, "roles", role_name)
+            if role_name in RESERVED_ROLES:
+                raise wrong(f"the role name {role_name!r} is the engine's own", *there)
+            for pointer, named in (
+                ("llm", role.llm),
+                *((f"prefer/{i}", n) for i, n in enumerate(role.prefer)),
+            ):
+                if named is not None and named not in settings.llms:
+                    raise wrong(f"unknown LLM {named!r}", *there, *pointer.split("/"), choices=llms)
+            for key in ("payload_schema", "result_schema"):
+                _check_schema(getattr(role, key), wrong, *there, key)
+        _check_schema(profile.payload_schema, wrong, *here, "payload_schema")
+        _check_routes(profile, wrong, *here, "workflow", "routes")
+
+
+def _is_loopback(options: JSONObject) -> bool:
+    host = urlsplit(str(options.get("base_url", ""))).hostname or ""
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def _check_schema(schema: JSONObject | None, wrong: Any, *path: str | int) -> None:
+    if schema is None:
+        return
+    mistake = best_match(Draft202012Validator(Draft202012Validator.META_SCHEMA).iter_errors(schema))
+    if mistake is not None:
+        raise wrong(f"not a JSON Schema: {mistake.message}", *path, *mistake.absolute_path)
+
+
+def _check_routes(profile: ProfileSettings, wrong: Any, *path: str | int) -> None:
+    roles = tuple(profile.roles)
+    for on, edges in profile.workflow.routes.items():
+        role = on.partition(".")[0]
+        if role not in profile.roles:
+            raise wrong(f"unknown role {role!r}", *path, on, choices=roles)
+        for index, edge in enumerate(edges):
+            if edge.to != END and edge.to not in profile.roles:
+                raise wrong(f"unknown role {edge.to!r}", *path, on, index, "to", choices=(*roles, END))
+            for since in edge.since:
+                if since not in profile.roles:
+                    raise wrong(f"unknown role {since!r}", *path, on, index, "since", choices=roles)
+    for index, maker in enumerate(profile.workflow.makers):
+        if maker not in profile.roles:
+            raise wrong(f"unknown role {maker!r}", *path[:-1], "makers", index, choices=roles)

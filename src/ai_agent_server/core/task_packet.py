@@ -1,0 +1,370 @@
+"""Values of a task: the packet, its status, its events, its limits. The words are A2A's."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from ai_agent_server.core.chat import Decision, JSONObject, Privacy
+
+SCHEMA_VERSION = 1
+
+
+class TaskStatus(StrEnum):
+    """Where a task stands. The last four are final."""
+
+    SUBMITTED = "submitted"
+    WORKING = "working"
+    INPUT_REQUIRED = "input-required"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    REJECTED = "rejected"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing can happen to the task any more."""
+        return self in FINAL
+
+
+FINAL = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELED, TaskStatus.REJECTED})
+
+Reason = Literal[
+    "budget_tokens",
+    "budget_calls",
+    "budget_wall",
+    "budget_cost",
+    "loop_detected",
+    "no_progress",
+    "max_debug",
+    "llm_unavailable",
+    "invalid_output",
+    "sandbox_unavailable",
+    "input_expired",
+    "canceled_by_client",
+    "worker_lost",
+    "poison",
+    "internal",
+]
+"""Why a task ended otherwise than `completed`."""
+
+Scope = Literal["workflow", "role"]
+Via = Literal["rest", "nats", "internal"]
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one task may use before it is ended with a `budget_...` reason."""
+
+    calls: int = 16
+    tokens: int = 60_000
+    wall_s: float = 900.0
+    feedback_hops: int = 8
+    cost_usd: float | None = None
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the task has used so far."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    feedback_hops: int = 0
+    cost_usd: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, in and out."""
+        return self.input_tokens + self.output_tokens
+
+
+class TestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What running an artifact's tests showed.
+
+    Anchors are the examples that the task itself gave. `disputed` tests failed while every anchor
+    passed, and wait for QA to look at them again; dropped ones are in neither count.
+    """
+
+    __test__ = False  # not a pytest class
+
+    verdict: Literal[
+        "pass", "fail", "error", "timeout", "memory", "signal", "output_limit", "sandbox_error", "unverified"
+    ]
+    tier: str
+    """The sandbox tier that ran it."""
+    suite_sha256: str = ""
+    anchors_passed: int = 0
+    anchors_total: int = 0
+    tests_passed: int = 0
+    tests_total: int = 0
+    failing: tuple[str, ...] = ()
+    """The failing tests' source lines, first failing first."""
+    disputed: tuple[str, ...] = ()
+    detail: str = ""
+    """What the first failure said: actual against expected, the end of the traceback."""
+    cpu_ms: float = 0.0
+    wall_ms: float = 0.0
+    memory_peak_kb: int = 0
+
+
+class Artifact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something an agent made: code, say. `artifact_id` is the SHA-256 of its content."""
+
+    artifact_id: str
+    kind: Literal["code", "tests", "plan", "document"]
+    content: str
+    language: str = ""
+    repairs: tuple[str, ...] = ()
+    """Mechanical repairs that were made to what the LLM wrote (`fences`, `missing_import`, ...)."""
+
+
+class LLMCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The one exchange with an LLM that a step had."""
+
+    llm: str
+    model: str
+    source: Literal["local", "api", ""]
+    input_tokens: int
+    output_tokens: int
+    finish_reason: str
+    time_to_first_token_ms: float
+    duration_ms: float
+    prompt_sha256: str
+    cost_usd: float = 0.0
+    decision: Decision | None = None
+
+
+class Hop(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a step was taken: the edge that led to it."""
+
+    on: str
+    """`entry`, or the role and its outcome: `qa.fail`."""
+    why: str
+    feedback: bool = False
+    """Whether the edge counts as a feedback hop."""
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What went wrong, for a person."""
+
+    code: str
+    message: str
+
+
+class TaskEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Something that happened to a task. `seq` is 1, 2, 3, ...; the store gives it at the durable write."""
+
+    at: datetime
+    seq: int = 0
+
+
+class Submitted(TaskEvent, frozen=True, kw_only=True, tag="task.submitted"):
+    """The packet was accepted and is safe."""
+
+    via: Via
+
+
+class Started(TaskEvent, frozen=True, kw_only=True, tag="task.started"):
+    """A worker took the task; `generation` rises with each worker that does."""
+
+    generation: int
+
+
+class Recovered(TaskEvent, frozen=True, kw_only=True, tag="task.recovered"):
+    """A server came back and found the task without a worker."""
+
+    generation: int
+    why: str
+
+
+class StepStarted(TaskEvent, frozen=True, kw_only=True, tag="step.started"):
+    """A role begins. `step` is 1, 2, 3, ... within the task."""
+
+    step: int
+    role: str
+    attempt: int
+    hop: Hop
+
+
+class StepFinished(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="step.finished"):
+    """A role is done. `outcome` is the word that the routes look up: done, pass, fail, unclear, ..."""
+
+    step: int
+    role: str
+    outcome: str
+    why: str = ""
+    output: JSONObject | None = None
+    """What the role produced, as its result schema says."""
+    artifact: Artifact | None = None
+    report: TestReport | None = None
+    call: LLMCall | None = None
+    error: ErrorDetail | None = None
+    duration_ms: float = 0.0
+
+
+class FeedbackReceived(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="feedback.received"):
+    """An outside agent reports for a role; it takes the same route as our own agent's outcome."""
+
+    role: str
+    outcome: str
+    via: Via
+    sender: str = ""
+    why: str = ""
+    output: JSONObject | None = None
+    artifact: Artifact | None = None
+    report: TestReport | None = None
+
+
+class InputRequired(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="input.required"):
+    """The task waits for a packet on its feedback route, at the latest until `expires_at`."""
+
+    role: str
+    question: str
+    expires_at: datetime
+
+
+class Completed(TaskEvent, frozen=True, kw_only=True, tag="task.completed"):
+    """The task ended well."""
+
+    result: JSONObject
+
+
+class Failed(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="task.failed"):
+    """The task ended without what was asked; `result` holds the best there was."""
+
+    reason: Reason
+    error: ErrorDetail
+    result: JSONObject | None = None
+
+
+class Canceled(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="task.canceled"):
+    """Somebody asked for the end."""
+
+    reason: Reason = "canceled_by_client"
+    result: JSONObject | None = None
+
+
+class Rejected(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="task.rejected"):
+    """An agent declined the task."""
+
+    reason: Reason
+    error: ErrorDetail
+
+
+AnyTaskEvent: TypeAlias = (
+    Submitted
+    | Started
+    | Recovered
+    | StepStarted
+    | StepFinished
+    | FeedbackReceived
+    | InputRequired
+    | Completed
+    | Failed
+    | Canceled
+    | Rejected
+)
+
+
+class TaskPacket(msgspec.Struct, frozen=True, kw_only=True):
+    """The JSON task packet: what was asked, and the fold of everything that happened since.
+
+    `task_id`, `status`, `payload` and `history` are the four fields that the plan names. Everything
+    from `status` down is derived: `transitions.fold` makes it from `history`.
+    """
+
+    task_id: str
+    context_id: str
+    profile: str
+    role: str
+    payload: JSONObject
+    created_at: datetime
+    limits: Limits = Limits()
+    scope: Scope = "workflow"
+    privacy: Privacy = "any"
+    idempotency_key: str | None = None
+    request_sha256: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    status: TaskStatus = TaskStatus.SUBMITTED
+    reason: Reason | None = None
+    history: tuple[AnyTaskEvent, ...] = ()
+    result: JSONObject | None = None
+    error: ErrorDetail | None = None
+    usage: Usage = Usage()
+    generation: int = 0
+    started_at: datetime | None = None
+    updated_at: datetime | None = None
+    revision: int = 0
+    """The `seq` of the last event."""
+
+
+class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A packet without its payload and history, as lists show it."""
+
+    task_id: str
+    context_id: str
+    profile: str
+    role: str
+    status: TaskStatus
+    reason: Reason | None
+    usage: Usage
+    revision: int
+    created_at: datetime
+    updated_at: datetime | None
+    idempotency_key: str | None = None
+    request_sha256: str = ""
+
+
+class TaskDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a caller may send; only `payload` must be there.
+
+    `profile` and `role` come from the path on REST and must be in the packet on NATS.
+    `status` and `history` are part of the packet's form and are accepted empty or as submitted.
+    """
+
+    payload: dict[str, Any]
+    task_id: str | None = None
+    context_id: str | None = None
+    profile: str | None = None
+    role: str | None = None
+    limits: Limits | None = None
+    scope: Scope = "workflow"
+    privacy: Privacy = "any"
+    status: Literal["submitted"] | None = None
+    history: tuple[()] = ()
+
+
+class FeedbackDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A packet from an outside agent: it speaks for `role` and reports `outcome`.
+
+    `task_id` is in the path on REST and must be in the packet on NATS. `code` replaces the current
+    artifact (an outside coder); `failing` are tests that failed (an outside QA).
+    """
+
+    role: str
+    outcome: str
+    task_id: str | None = None
+    sender: str = ""
+    why: str = ""
+    output: dict[str, Any] | None = None
+    code: str | None = None
+    failing: tuple[str, ...] = ()
+
+
+def summary(packet: TaskPacket) -> TaskSummary:
+    """The packet's summary."""
+    return TaskSummary(
+        task_id=packet.task_id,
+        context_id=packet.context_id,
+        profile=packet.profile,
+        role=packet.role,
+        status=packet.status,
+        reason=packet.reason,
+        usage=packet.usage,
+        revision=packet.revision,
+        created_at=packet.created_at,
+        updated_at=packet.updated_at,
+        idempotency_key=packet.idempotency_key,
+        request_sha256=packet.request_sha256,
+    )

@@ -1,0 +1,113 @@
+"""What a task becomes when something happens to it, and what happens next. Pure: no I/O, no clock."""
+
+from collections.abc import Sequence
+from typing import assert_never
+
+import msgspec
+
+from ai_agent_server.core.task_packet import (
+    AnyTaskEvent,
+    Canceled,
+    Completed,
+    Failed,
+    FeedbackReceived,
+    InputRequired,
+    Recovered,
+    Rejected,
+    Started,
+    StepFinished,
+    StepStarted,
+    Submitted,
+    TaskEvent,
+    TaskPacket,
+    TaskStatus,
+    Usage,
+)
+from ai_agent_server.errors import InvalidTransitionError
+
+
+def fold(packet: TaskPacket, events: Sequence[TaskEvent]) -> TaskPacket:
+    """The packet after `events`, each given the next `seq`.
+
+    Raises `InvalidTransitionError` for an event that cannot follow. A file, a restart and another
+    store agree on a task because they all replay this function.
+    """
+    for event in events:
+        packet = _apply(packet, event)
+    return packet
+
+
+def _apply(packet: TaskPacket, event: TaskEvent) -> TaskPacket:
+    if packet.status.is_final:
+        raise InvalidTransitionError(packet.task_id, f"it has ended ({packet.status}); nothing follows")
+    seq = packet.revision + 1
+    if event.seq not in (0, seq):
+        raise InvalidTransitionError(
+            packet.task_id, f"event {event.seq} cannot follow event {packet.revision}"
+        )
+    placed: AnyTaskEvent = msgspec.structs.replace(event, seq=seq)  # type: ignore[assignment]
+    changed = _changes(packet, placed)
+    return msgspec.structs.replace(
+        packet,
+        history=(*packet.history, placed),
+        revision=seq,
+        updated_at=event.at,
+        **changed,
+    )
+
+
+def _changes(packet: TaskPacket, event: AnyTaskEvent) -> dict[str, object]:
+    match event:
+        case Submitted():
+            if packet.revision:
+                raise InvalidTransitionError(packet.task_id, "it was submitted before")
+            return {"status": TaskStatus.SUBMITTED}
+        case Started() | Recovered():
+            if event.generation <= packet.generation:
+                raise InvalidTransitionError(
+                    packet.task_id, f"generation {event.generation} is not above {packet.generation}"
+                )
+            status = packet.status if packet.status is TaskStatus.INPUT_REQUIRED else TaskStatus.WORKING
+            return {
+                "status": status,
+                "generation": event.generation,
+                "started_at": packet.started_at or event.at,
+            }
+        case StepStarted():
+            usage = packet.usage
+            if event.hop.feedback:
+                usage = msgspec.structs.replace(usage, feedback_hops=usage.feedback_hops + 1)
+            return {"status": TaskStatus.WORKING, "usage": usage}
+        case StepFinished():
+            return {"usage": _used(packet.usage, event)}
+        case FeedbackReceived():
+            return {"status": TaskStatus.WORKING if packet.generation else packet.status}
+        case InputRequired():
+            return {"status": TaskStatus.INPUT_REQUIRED}
+        case Completed():
+            return {"status": TaskStatus.COMPLETED, "result": event.result}
+        case Failed():
+            return {
+                "status": TaskStatus.FAILED,
+                "reason": event.reason,
+                "error": event.error,
+                "result": event.result,
+            }
+        case Canceled():
+            return {"status": TaskStatus.CANCELED, "reason": event.reason, "result": event.result}
+        case Rejected():
+            return {"status": TaskStatus.REJECTED, "reason": event.reason, "error": event.error}
+        case _:
+            assert_never(event)
+
+
+def _used(usage: Usage, step: StepFinished) -> Usage:
+    if step.call is None:
+        return usage
+    return msgspec.structs.replace(
+        usage,
+        calls=usage.calls + 1,
+        input_tokens=usage.input_tokens + step.call.input_tokens,
+        output_tokens=usage.output_tokens + step.call.output_tokens,
+        cost_usd=usage.cost_usd + step.call.cost_usd,
+    )

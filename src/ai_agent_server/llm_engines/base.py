@@ -1,0 +1,150 @@
+"""The LLM engine port: one reachable model server or library, spoken to in our own values."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Literal, Protocol
+
+import msgspec
+
+from ai_agent_server.core.chat import (
+    ChatDelta,
+    ChatReply,
+    ChatRequest,
+    ChatUsage,
+    Decision,
+    FinishReason,
+    ToolCall,
+)
+from ai_agent_server.errors import EngineProtocolError
+
+Residency = Literal["loaded", "loading", "unloaded", "unknown"]
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that an engine has. Sizes are what the engine says, None where it says nothing."""
+
+    name: str
+    residency: Residency = "unknown"
+    memory_bytes: int | None = None
+    context_tokens: int | None = None
+    size_bytes: int | None = None
+
+
+class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long an engine may be silent, by phase, in seconds."""
+
+    connect_s: float = 5.0
+    first_token_s: float = 120.0
+    idle_s: float = 45.0
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What every engine is built from; its own `Options` come beside it.
+
+    An engine class is `Engine(spec: EngineSpec, options: Engine.Options)`; its inner `Options` is a
+    frozen msgspec Struct with `forbid_unknown_fields=True`, decoded from `llms.<name>.options`.
+    """
+
+    name: str
+    model: str
+    context_tokens: int = 4096
+    slots: int = 1
+    timeouts: EngineTimeouts = EngineTimeouts()
+    api_key: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"EngineSpec(name={self.name!r}, model={self.model!r}, api_key={'***' if self.api_key else None})"
+        )
+
+
+class LLMEngine(Protocol):
+    """One model server, spoken to for one configured model.
+
+    Promises, tested on every implementation by tests/conformance/test_llm_engine.py: only
+    `EngineError` children escape; the last delta has a finish_reason, or the stream raises; closing
+    the iterator (or cancelling its task) closes the socket or frees the slot at once; many tasks may
+    use it at the same time; `aclose` may be called twice. No call retries on its own: repeating
+    is the balancer's decision.
+    """
+
+    def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
+        """Answer `request` piece by piece (an async generator)."""
+        ...
+
+    async def models(self) -> tuple[ModelCard, ...]:
+        """What the engine has. Never loads a model nor keeps one warm."""
+        ...
+
+    async def load(self) -> None:
+        """Bring the configured model into memory; nothing where the engine cannot be told."""
+        ...
+
+    async def unload(self) -> None:
+        """Give the configured model's memory back; nothing where the engine cannot be told."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close every socket and free what is held."""
+        ...
+
+
+class JoinedStream:
+    """Joins deltas to a `ChatReply`; the one place that knows how."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._calls: dict[int, tuple[str, str, list[str]]] = {}
+        self._finish: FinishReason | None = None
+        self._usage = ChatUsage()
+        self._model, self._llm = "", ""
+        self._source: Literal["local", "api", ""] = ""
+        self._decision: Decision | None = None
+
+    def add(self, delta: ChatDelta) -> None:
+        """Take the next delta."""
+        self._text.append(delta.text)
+        for part in delta.tool_calls:
+            call_id, name, fragments = self._calls.get(part.index, ("", "", []))
+            fragments.append(part.arguments)
+            self._calls[part.index] = (part.id or call_id, part.name or name, fragments)
+        self._finish = delta.finish_reason or self._finish
+        self._usage = delta.usage or self._usage
+        self._model = delta.model or self._model
+        self._llm = delta.llm or self._llm
+        self._source = delta.source or self._source
+        self._decision = delta.decision or self._decision
+
+    def reply(self, *, time_to_first_token_ms: float = 0.0, duration_ms: float = 0.0) -> ChatReply:
+        """The whole answer. Raises `EngineProtocolError` when no delta said why the stream ended."""
+        if self._finish is None:
+            raise EngineProtocolError("the stream ended without a finish_reason", engine=self._llm)
+        return ChatReply(
+            text="".join(self._text),
+            finish_reason=self._finish,
+            tool_calls=tuple(
+                ToolCall(id=call_id, name=name, arguments="".join(fragments))
+                for _, (call_id, name, fragments) in sorted(self._calls.items())
+            ),
+            usage=self._usage,
+            model=self._model,
+            llm=self._llm,
+            source=self._source,
+            decision=self._decision,
+            time_to_first_token_ms=time_to_first_token_ms,
+            duration_ms=duration_ms,
+        )
+
+
+async def chat(engine: LLMEngine, request: ChatRequest) -> ChatReply:
+    """Answer `request` whole.
+
+    Always streams from the engine: a streamed request that is closed frees its slot at once, an
+    unstreamed one leaves llama.cpp generating to the end.
+    """
+    joined = JoinedStream()
+    stream = engine.stream(request)
+    async with aclosing(stream) as deltas:  # type: ignore[type-var]
+        async for delta in deltas:
+            joined.add(delta)
+    return joined.reply()
