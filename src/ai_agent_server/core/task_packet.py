@@ -316,6 +316,19 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     request_sha256: str = ""
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """How far a running step is. Told to who is listening, never kept, without a `seq`."""
+
+    task_id: str
+    step: int
+    role: str
+    llm: str
+    why: str
+    """Why this LLM: the decision's reason."""
+    output_tokens: int
+    elapsed_ms: float
+
+
 class TaskDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a caller may send; only `payload` must be there.
 

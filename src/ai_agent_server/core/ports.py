@@ -1,0 +1,84 @@
+"""What the handlers know of the orchestration engine, and what the engine's state looks like."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+import msgspec
+
+from ai_agent_server.core.task_packet import (
+    AnyTaskEvent,
+    FeedbackDraft,
+    Progress,
+    TaskDraft,
+    TaskPacket,
+    Via,
+)
+from ai_agent_server.tasks_state.base import TaskFilter, TaskPage
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Load of the orchestration engine now."""
+
+    accepting: bool
+    queued: int
+    running: int
+    live: int
+    max_running: int
+    max_live: int
+
+
+EventListener = Callable[[TaskPacket, tuple[AnyTaskEvent, ...]], None]
+"""Called after a durable write with the packet as it became and the events that were new. Must not block."""
+
+
+class Orchestration(Protocol):
+    """The orchestration engine, as REST, NATS and the gateway use it. Errors are those of errors.py."""
+
+    async def submit(
+        self, draft: TaskDraft, *, via: Via, idempotency_key: str | None = None
+    ) -> tuple[TaskPacket, bool]:
+        """Take a task; `draft.profile` and `draft.role` are set. Answers when its file is safe.
+
+        (packet, False) when it was taken before. Raises `IntakeError` children and `StoreError`s.
+        """
+        ...
+
+    async def read(self, task_id: str) -> TaskPacket:
+        """The task as it is. Raises `TaskNotFoundError`."""
+        ...
+
+    async def list(self, where: TaskFilter, *, limit: int, cursor: str | None = None) -> TaskPage:
+        """A page of summaries, newest first. Raises `InvalidPacketError` for a cursor that is none."""
+        ...
+
+    async def cancel(self, task_id: str) -> TaskPacket:
+        """End it now; answers the canceled packet. An ended task is an `InvalidTransitionError`."""
+        ...
+
+    async def feedback(self, task_id: str, draft: FeedbackDraft, *, via: Via) -> TaskPacket:
+        """Take an outside agent's report. An ended task is an `InvalidTransitionError`."""
+        ...
+
+    async def delete(self, task_id: str) -> None:
+        """Remove an ended task; a live one is a `TaskLiveError`."""
+        ...
+
+    async def wait(self, task_id: str, timeout_s: float) -> TaskPacket:
+        """The packet as soon as the task ended or needs input, or as it is after `timeout_s`."""
+        ...
+
+    def follow(self, task_id: str, *, since: int = 0) -> AsyncIterator[AnyTaskEvent | Progress]:
+        """Every event after `since` in order, once, then as they happen, until the task ended.
+
+        Raises `TaskNotFoundError`; a reader that falls too far behind is ended early, and comes
+        back with the last `seq` it saw.
+        """
+        ...
+
+    def observe(self, listener: EventListener) -> None:
+        """Be told of every event of every task."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """Load now."""
+        ...
