@@ -92,6 +92,14 @@ class IntakeFullError(IntakeError):
         super().__init__(f"{live} tasks are live, which is the bound; try again in {retry_after_s:.0f} s")
 
 
+class ShuttingDownError(IntakeError):
+    """The server is stopping and takes nothing new."""
+
+    def __init__(self, retry_after_s: float = 5.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__("the server is shutting down")
+
+
 class TaskStateError(AgentServerError):
     """What the task's file says forbids this."""
 

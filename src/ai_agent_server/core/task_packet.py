@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -61,6 +61,25 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     wall_s: float = 900.0
     feedback_hops: int = 8
     cost_usd: float | None = None
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1_000_000_000)]
+
+
+class LimitsDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The limits that a caller sets; what is left out is as configured."""
+
+    calls: Count | None = None
+    tokens: Count | None = None
+    wall_s: Amount | None = None
+    feedback_hops: Count | None = None
+    cost_usd: Amount | None = None
+
+    def over(self, base: Limits) -> Limits:
+        """`base` with what is set here."""
+        given = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        return msgspec.structs.replace(base, **given)
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -341,7 +360,7 @@ class TaskDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     context_id: str | None = None
     profile: str | None = None
     role: str | None = None
-    limits: Limits | None = None
+    limits: LimitsDraft | None = None
     scope: Scope = "workflow"
     privacy: Privacy = "any"
     status: Literal["submitted"] | None = None

@@ -1,6 +1,6 @@
 """The LLM engine port: one reachable model server or library, spoken to in our own values."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Literal, Protocol
 
@@ -68,8 +68,8 @@ class LLMEngine(Protocol):
     is the balancer's decision.
     """
 
-    def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
-        """Answer `request` piece by piece (an async generator)."""
+    def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+        """Answer `request` piece by piece. An async generator, since it must be closeable."""
         ...
 
     async def models(self) -> tuple[ModelCard, ...]:
@@ -143,8 +143,7 @@ async def chat(engine: LLMEngine, request: ChatRequest) -> ChatReply:
     unstreamed one leaves llama.cpp generating to the end.
     """
     joined = JoinedStream()
-    stream = engine.stream(request)
-    async with aclosing(stream) as deltas:  # type: ignore[type-var]
+    async with aclosing(engine.stream(request)) as deltas:
         async for delta in deltas:
             joined.add(delta)
     return joined.reply()

@@ -1,0 +1,311 @@
+"""What a task does next: routes, stop rules, the best of its work. Pure decisions over its history."""
+
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import TypeAlias
+
+import msgspec
+
+from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.task_packet import (
+    Artifact,
+    ErrorDetail,
+    FeedbackReceived,
+    Hop,
+    InputRequired,
+    Reason,
+    Recovered,
+    StepFinished,
+    StepStarted,
+    TaskPacket,
+    TestReport,
+)
+from ai_agent_server.core.workflow import END, Edge, Workflow
+
+POISON_AFTER = 3
+"""A step that was under way at this many crashes in a row is taken to be their cause."""
+
+ENDING_OUTCOMES: dict[str, tuple[Reason, str]] = {
+    "unavailable": ("llm_unavailable", "no LLM could serve the step"),
+    "no_sandbox": ("sandbox_unavailable", "nothing may be accepted without a sandbox to run it in"),
+    "budget_calls": ("budget_calls", "the limit of LLM calls is used up"),
+    "budget_tokens": ("budget_tokens", "the limit of tokens is used up"),
+    "budget_wall": ("budget_wall", "the time is used up"),
+    "budget_cost": ("budget_cost", "the limit of cost is used up"),
+    "error": ("internal", "the step broke"),
+}
+"""Outcomes that the engine itself gives a step, and how they end the task."""
+
+
+class RunStep(msgspec.Struct, frozen=True, kw_only=True):
+    """Run `role`. `resumed`: its start is in the history already; it was under way at a crash."""
+
+    step: int
+    role: str
+    attempt: int
+    hop: Hop
+    resumed: bool = False
+
+
+class AskOutside(msgspec.Struct, frozen=True, kw_only=True):
+    """Wait for a feedback packet for `role`, at the latest until `expires_at`."""
+
+    role: str
+    question: str
+    expires_at: datetime
+
+
+class StillWaiting(msgspec.Struct, frozen=True, kw_only=True):
+    """The task waits already."""
+
+    expires_at: datetime
+
+
+class EndWell(msgspec.Struct, frozen=True, kw_only=True):
+    """The task is completed."""
+
+    result: JSONObject
+
+
+class EndBadly(msgspec.Struct, frozen=True, kw_only=True):
+    """The task has failed; `result` is the best there was."""
+
+    reason: Reason
+    error: ErrorDetail
+    result: JSONObject | None
+
+
+Action: TypeAlias = RunStep | AskOutside | StillWaiting | EndWell | EndBadly
+Report: TypeAlias = StepFinished | FeedbackReceived
+
+
+class Draft(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of the work, with what its tests showed, if they ran."""
+
+    artifact: Artifact
+    report: TestReport | None = None
+
+
+def next_action(packet: TaskPacket, workflow: Workflow, *, external: frozenset[str], now: datetime) -> Action:
+    """What comes next. `external` names the roles that outside agents fill."""
+    return _Decision(packet, workflow, external, now).take()
+
+
+def drafts(packet: TaskPacket, workflow: Workflow) -> tuple[Draft, ...]:
+    """Every version of the work in the order it was made; a report belongs to the latest before it."""
+    made: list[Draft] = []
+    given = packet.payload.get("code")
+    if isinstance(given, str) and given:
+        made.append(Draft(artifact=Artifact(artifact_id="given", kind="code", content=given)))
+    for event in packet.history:
+        if not isinstance(event, StepFinished | FeedbackReceived):
+            continue
+        if event.artifact is not None and (event.role in workflow.makers or not workflow.makers):
+            made.append(Draft(artifact=event.artifact))
+        if event.report is not None and made:
+            made[-1] = msgspec.structs.replace(made[-1], report=event.report)
+    return tuple(made)
+
+
+def best(versions: tuple[Draft, ...]) -> Draft | None:
+    """The version to keep: passed, then most anchors, then most tests, then the shortest."""
+
+    def rank(draft: Draft) -> tuple[bool, int, int, int]:
+        report = draft.report
+        if report is None:
+            return (False, -1, -1, -len(draft.artifact.content))
+        passed = report.verdict == "pass"
+        return (passed, report.anchors_passed, report.tests_passed, -len(draft.artifact.content))
+
+    return max(versions, key=rank, default=None)
+
+
+def result(packet: TaskPacket, workflow: Workflow, *, outcome: str) -> JSONObject | None:
+    """What the task has to show: the best version and its tests, or the last role's output."""
+    found: JSONObject = {"outcome": outcome}
+    chosen = best(drafts(packet, workflow))
+    if chosen is not None:
+        found["artifact"] = msgspec.to_builtins(chosen.artifact)
+        found["verdict"] = chosen.report.verdict if chosen.report else "unverified"
+        found["tests"] = msgspec.to_builtins(chosen.report) if chosen.report else None
+    last = next((r for r in _reports(packet) if r.output is not None), None)
+    if last is not None:
+        found["output"] = last.output
+    return found if len(found) > 1 else None
+
+
+def _reports(packet: TaskPacket) -> Iterator[Report]:
+    """What roles and outside agents reported, the latest first."""
+    return (e for e in reversed(packet.history) if isinstance(e, StepFinished | FeedbackReceived))
+
+
+class _Decision:
+    def __init__(
+        self, packet: TaskPacket, workflow: Workflow, external: frozenset[str], now: datetime
+    ) -> None:
+        self.packet, self.workflow, self.external, self.now = packet, workflow, external, now
+        self.started = [e for e in packet.history if isinstance(e, StepStarted)]
+        self.finished = [e for e in packet.history if isinstance(e, StepFinished)]
+
+    def take(self) -> Action:
+        if self._deadline_passed():
+            return self._end("budget_wall", "the time is used up")
+        if len(self.started) > len(self.finished):
+            return self._resume(self.started[-1])
+        last = self._last()
+        match last:
+            case None:
+                return self._run(self.packet.role, Hop(on="entry", why="the task was sent here"))
+            case InputRequired():
+                if self.now >= last.expires_at:
+                    return self._end("input_expired", f"nobody answered for {last.role} in time")
+                return StillWaiting(expires_at=last.expires_at)
+            case _:
+                return self._route(last)
+
+    def _deadline_passed(self) -> bool:
+        started_at = self.packet.started_at
+        return started_at is not None and self.now >= started_at + timedelta(
+            seconds=self.packet.limits.wall_s
+        )
+
+    def _resume(self, open_step: StepStarted) -> Action:
+        crashes = sum(isinstance(e, Recovered) for e in self.packet.history[open_step.seq :])
+        if crashes > POISON_AFTER:
+            return self._end("poison", f"{open_step.role} was under way at {crashes} crashes in a row")
+        return RunStep(
+            step=open_step.step,
+            role=open_step.role,
+            attempt=open_step.attempt,
+            hop=open_step.hop,
+            resumed=True,
+        )
+
+    def _last(self) -> StepFinished | FeedbackReceived | InputRequired | None:
+        # Feedback that came while a step ran has the last word over that step: it was sent by
+        # somebody who saw more than the step's agent did.
+        since = self.started[-1].seq if self.started else 0
+        newest: StepFinished | FeedbackReceived | InputRequired | None = None
+        for event in self.packet.history[since:]:
+            outranked = isinstance(event, StepFinished) and isinstance(newest, FeedbackReceived)
+            if isinstance(event, StepFinished | FeedbackReceived | InputRequired) and not outranked:
+                newest = event
+        return newest
+
+    def _route(self, last: Report) -> Action:
+        on = f"{last.role}.{last.outcome}"
+        if last.outcome in ENDING_OUTCOMES:
+            reason, message = ENDING_OUTCOMES[last.outcome]
+            error = last.error if isinstance(last, StepFinished) else None
+            return self._end(reason, error.message if error else last.why or message)
+        if last.outcome == "invalid":
+            return self._again(last, on)
+        if last.outcome == "unclear":
+            return self._ask("user", last.why or "the task is not clear enough; say more")
+        if last.outcome == "answer":
+            asked = self.finished[-1].role if self.finished else self.packet.role
+            return self._run(asked, Hop(on=on, why="the question was answered"))
+        edges = self.workflow.routes.get(on, ())
+        if self.packet.scope == "role":
+            edges = tuple(edge for edge in edges if edge.to == last.role)
+            if not edges:
+                return EndWell(result=self._result(last.outcome))
+        if not edges:
+            if last.outcome in {"done", "pass"}:
+                return EndWell(result=self._result(last.outcome))
+            return self._end("max_debug", last.why or f"{on} leads nowhere")
+        return self._follow(edges, on, last)
+
+    def _follow(self, edges: tuple[Edge, ...], on: str, last: Report) -> Action:
+        for edge in edges:
+            if edge.to == END:
+                return EndWell(result=self._result(last.outcome))
+            if not self._open(edge):
+                continue
+            stop = self._stop_rule(edge)
+            if stop is not None:
+                return stop
+            hop = Hop(on=on, why=self._why(edge, last), feedback=edge.feedback)
+            return self._run(edge.to, hop)
+        return self._end("max_debug", f"every route from {on} is used up")
+
+    def _why(self, edge: Edge, last: Report) -> str:
+        runs = self._runs(edge)
+        why = last.why or last.outcome
+        return f"{why} (run {runs + 1} of {edge.at_most})" if edge.at_most is not None else why
+
+    def _runs(self, edge: Edge) -> int:
+        runs = 0
+        for step in reversed(self.started):
+            if step.role in edge.since:
+                break
+            runs += step.role == edge.to
+        return runs
+
+    def _open(self, edge: Edge) -> bool:
+        if edge.at_most is not None and self._runs(edge) >= edge.at_most:
+            return False
+        # A fix that changed nothing will not change anything the next time either.
+        return not (edge.feedback and edge.to in self.workflow.makers and self._changed_nothing(edge.to))
+
+    def _changed_nothing(self, role: str) -> bool:
+        made = [e for e in self.finished if e.artifact is not None and e.role in self.workflow.makers]
+        if not made or made[-1].role != role or made[-1].artifact is None:
+            return False
+        latest = made[-1].artifact.artifact_id
+        return any(e.artifact is not None and e.artifact.artifact_id == latest for e in made[:-1])
+
+    def _stop_rule(self, edge: Edge) -> EndBadly | None:
+        workflow = self.workflow
+        if edge.feedback and self.packet.usage.feedback_hops >= self.packet.limits.feedback_hops:
+            return self._end("max_debug", f"{self.packet.limits.feedback_hops} feedback hops are used up")
+        same = Counter(
+            (e.role, e.call.prompt_sha256, e.artifact.artifact_id)
+            for e in self.finished
+            if e.call is not None and e.artifact is not None
+        )
+        if same and (top := same.most_common(1)[0])[1] >= workflow.max_same_step:
+            return self._end("loop_detected", f"{top[0][0]} gave the same answer {top[1]} times")
+        scores = [
+            (e.report.anchors_passed, e.report.tests_passed)
+            for e in self.finished
+            if e.report is not None and e.outcome != "disputed"
+        ]
+        if scores and len(scores) - 1 - scores.index(max(scores)) >= workflow.max_rounds_without_progress:
+            return self._end("no_progress", f"no better for {workflow.max_rounds_without_progress} rounds")
+        return None
+
+    def _again(self, last: Report, on: str) -> Action:
+        in_a_row = 0
+        for event in reversed(self.finished):
+            if event.role != last.role or event.outcome != "invalid":
+                break
+            in_a_row += 1
+        if in_a_row < self.workflow.max_invalid_output:
+            hop = Hop(on=on, why=last.why or "the answer was not of the form asked for")
+            return self._run(last.role, hop, attempt=in_a_row + 1)
+        if edges := self.workflow.routes.get(on, ()):
+            return self._follow(edges, on, last)
+        error = last.error if isinstance(last, StepFinished) else None
+        detail = error.message if error else last.why
+        return self._end("invalid_output", f"{last.role} gave {in_a_row} unusable answers: {detail}")
+
+    def _run(self, role: str, hop: Hop, *, attempt: int = 1) -> Action:
+        if role in self.external:
+            return self._ask(role, hop.why)
+        return RunStep(step=len(self.started) + 1, role=role, attempt=attempt, hop=hop)
+
+    def _ask(self, role: str, question: str) -> AskOutside:
+        expires_at = self.now + timedelta(seconds=self.workflow.input_expires_s)
+        return AskOutside(role=role, question=question, expires_at=expires_at)
+
+    def _result(self, outcome: str) -> JSONObject:
+        return result(self.packet, self.workflow, outcome=outcome) or {"outcome": outcome}
+
+    def _end(self, reason: Reason, message: str) -> EndBadly:
+        return EndBadly(
+            reason=reason,
+            error=ErrorDetail(code=reason, message=message),
+            result=result(self.packet, self.workflow, outcome="failed"),
+        )
