@@ -4,9 +4,12 @@ AgentServerError
 ├── ConfigurationError          a configuration file or variable is wrong (pointer, problem, choices)
 ├── IntakeError                 a packet was not accepted; nothing of it was kept
 │   ├── UnknownRoleError        no such profile or role (carries the names there are)
-│   ├── InvalidPacketError      the packet does not have the shape it should (pointer, expected)
+│   ├── UnknownLLMError         no such LLM is configured (carries the names there are)
+│   ├── InvalidPacketError      the packet does not have the shape it should (pointer, expected, choices)
+│   │   └── MalformedPacketError  what came is no JSON at all, or nested too deep to be read
 │   ├── IdempotencyConflictError  the same key or id came with another body
-│   └── IntakeFullError         too many live tasks (retry_after_s)
+│   ├── IntakeFullError         too many live tasks (retry_after_s)
+│   └── ShuttingDownError       the server is stopping (retry_after_s)
 ├── TaskStateError              what a task's file says forbids this
 │   ├── TaskNotFoundError
 │   ├── TaskConflictError       the revision is not the expected one
@@ -66,14 +69,31 @@ class UnknownRoleError(IntakeError):
         super().__init__(f"unknown {what} {name!r}; there are: {', '.join(choices) or 'none'}")
 
 
-class InvalidPacketError(IntakeError):
-    """The packet is not of the shape asked for. `pointer` is a JSON pointer into what was sent."""
+class UnknownLLMError(IntakeError):
+    """No LLM of this name is configured."""
 
-    def __init__(self, problem: str, *, pointer: str = "", expected: str = "") -> None:
-        self.problem, self.pointer, self.expected = problem, pointer, expected
+    def __init__(self, name: str, choices: tuple[str, ...]) -> None:
+        self.name, self.choices = name, choices
+        super().__init__(f"unknown LLM {name!r}; there are: {', '.join(choices) or 'none'}")
+
+
+class InvalidPacketError(IntakeError):
+    """The packet is not of the shape asked for. `pointer` is a JSON pointer into what was sent.
+
+    `choices` are the keys or values that would have been taken, where they are a closed set.
+    """
+
+    def __init__(
+        self, problem: str, *, pointer: str = "", expected: str = "", choices: tuple[str, ...] = ()
+    ) -> None:
+        self.problem, self.pointer, self.expected, self.choices = problem, pointer, expected, choices
         super().__init__(
             f"{problem}{f' at {pointer}' if pointer else ''}{f'; expected {expected}' if expected else ''}"
         )
+
+
+class MalformedPacketError(InvalidPacketError):
+    """What came cannot be read as JSON: cut, not UTF-8, nested too deep, a number out of range."""
 
 
 class IdempotencyConflictError(IntakeError):

@@ -1,10 +1,11 @@
 """What the handlers know of the orchestration engine, and what the engine's state looks like."""
 
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
+from ai_agent_server.core.chat import Decision
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
     FeedbackDraft,
@@ -13,6 +14,7 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     Via,
 )
+from ai_agent_server.load_balancer.base import LLMView, Requirements
 from ai_agent_server.tasks_state.base import TaskFilter, TaskPage
 
 
@@ -25,6 +27,49 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     live: int
     max_running: int
     max_live: int
+
+
+Health = Literal["ok", "degraded", "down"]
+
+
+class Component(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One part of the server as it stands. `advice` says what to do when it is not ok."""
+
+    status: Health
+    detail: str = ""
+    advice: str = ""
+
+
+class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The server as a whole: `down` when it cannot take a task, `degraded` when a part is missing."""
+
+    status: Health
+    version: str
+    components: dict[str, Component] = {}
+    """`engines`, `nats`, `store`, `sandbox`, `gpu`."""
+
+
+class ReloadReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a reload of the configuration changed, as JSON pointers into the file."""
+
+    source: str
+    changed: tuple[str, ...] = ()
+
+
+class Balancer(Protocol):
+    """The load balancer, as handlers see it."""
+
+    def views(self) -> tuple[LLMView, ...]:
+        """Every configured LLM as it stands now."""
+        ...
+
+    def explain(self, wanted: Requirements) -> Decision:
+        """Which LLM would serve, and why; nothing is called."""
+        ...
+
+    async def set_toggle(self, name: str, on: bool) -> None:
+        """Switch an LLM on or off, kept over a restart. Raises `UnknownLLMError`."""
+        ...
 
 
 EventListener = Callable[[TaskPacket, tuple[AnyTaskEvent, ...]], None]
