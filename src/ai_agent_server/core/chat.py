@@ -76,7 +76,8 @@ class RouteHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the asker wants of the balancer. A single engine ignores all of it."""
 
     llm: str | None = None
-    """Exactly this LLM: the request is locked to it."""
+    """Assigned to this LLM. One that is `locked` keeps the request whatever happens; another of the same
+    tier may stand in for one that is not, once it cannot serve."""
     tier: Tier | None = None
     prefer: tuple[str, ...] = ()
     """LLM names in order of preference; others may still serve."""
@@ -109,7 +110,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     llm: str
     refused_by: str | None = None
-    """`LB-3 locked`, say: the rule's number and name as in load_balancer_rules.md."""
+    """`LB-3 privacy`, say: the rule's number and name as in load_balancer_rules.md."""
     why: str = ""
     score: float | None = None
     parts: dict[str, float] = {}

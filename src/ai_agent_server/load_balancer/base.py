@@ -24,12 +24,21 @@ class LLMView(msgspec.Struct, frozen=True, kw_only=True):
     cost_per_million_input_usd: float = 0.0
     cost_per_million_output_usd: float = 0.0
     circuit: CircuitState = "closed"
+    probing: bool = False
+    """The half-open circuit's one probe is under way."""
+    cooldown_s: float = 0.0
+    """Until an open circuit lets its probe through."""
     in_flight: int = 0
+    waiting: int = 0
+    """Requests that wait for a slot of this LLM."""
     resident: bool | None = None
     """Whether the model is in memory; None where nobody knows (an API, say)."""
     time_to_first_token_ms: float | None = None
     tokens_per_s: float | None = None
+    load_s: float | None = None
+    """How long a first token took when the model was not in memory."""
     failures: int = 0
+    """Failures in a row."""
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True):
