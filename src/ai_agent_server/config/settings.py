@@ -284,13 +284,15 @@ def _from_schema(mistake: ValidationError, source: str) -> ConfigurationError:
     path = tuple(mistake.absolute_path)
     choices: tuple[str, ...] = ()
     problem = mistake.message
-    if mistake.validator == "additionalProperties":
+    if mistake.validator == "additionalProperties" and isinstance(mistake.schema, Mapping):
         known = tuple(mistake.schema.get("properties", {}))
-        unknown = [key for key in mistake.instance if key not in known]
+        found: Any = mistake.instance
+        unknown = [key for key in found if key not in known]
         path, choices = (*path, unknown[0]), known
         problem = f"unknown key {unknown[0]!r}"
     elif mistake.validator == "enum":
-        choices = tuple(str(choice) for choice in mistake.validator_value)
+        allowed: Any = mistake.validator_value
+        choices = tuple(str(choice) for choice in allowed)
         problem = f"{mistake.instance!r} is not one of the choices"
     elif mistake.validator == "pattern":
         problem = f"{mistake.instance!r} must be lower-case letters, digits and '-', 63 at most"

@@ -344,7 +344,7 @@ class OrchestrationEngine:
         elif profile is not None and draft.role in profile.roles:
             routed = (on.partition(".") for on in profile.workflow.routes)
             own = tuple(outcome for role, _, outcome in routed if role == draft.role)
-            outcomes = tuple(dict.fromkeys((*own, "done", "pass", "fail")))
+            outcomes = own or ("done", "pass", "fail")
         else:
             raise InvalidPacketError(
                 f"the profile {packet.profile!r} has no role {draft.role!r}",
