@@ -26,6 +26,9 @@ from ai_agent_server.core.workflow import END, Edge, Workflow
 POISON_AFTER = 3
 """A step that was under way at this many crashes in a row is taken to be their cause."""
 
+IDLE_STEPS = 8
+"""No workflow gets further by this many steps in a row without an LLM; calls have a limit of their own."""
+
 ENDING_OUTCOMES: dict[str, tuple[Reason, str]] = {
     "unavailable": ("llm_unavailable", "no LLM could serve the step"),
     "no_sandbox": ("sandbox_unavailable", "nothing may be accepted without a sandbox to run it in"),
@@ -258,6 +261,8 @@ class _Decision:
 
     def _stop_rule(self, edge: Edge) -> EndBadly | None:
         workflow = self.workflow
+        if len(self.finished) >= IDLE_STEPS and all(e.call is None for e in self.finished[-IDLE_STEPS:]):
+            return self._end("loop_detected", f"{IDLE_STEPS} steps in a row asked no LLM anything")
         if edge.feedback and self.packet.usage.feedback_hops >= self.packet.limits.feedback_hops:
             return self._end("max_debug", f"{self.packet.limits.feedback_hops} feedback hops are used up")
         same = Counter(
