@@ -33,8 +33,11 @@ AgentServerError
 ├── ChannelError                the message transport failed
 │   └── ChannelClosedError
 ├── SandboxError                no tier of the sandbox works, or the helper broke
-└── AgentError                  an agent could not do its step
-    └── InvalidOutputError      what the LLM wrote does not have the shape asked for
+├── AgentError                  an agent could not do its step
+│   └── InvalidOutputError      what the LLM wrote does not have the shape asked for
+└── ClientError                 what the command line met when it asked a server
+    ├── ServerUnreachableError  nobody answers at the URL
+    └── ServerRefusedError      the server said no, and why (its problem details)
 """
 
 from typing import ClassVar, Literal
@@ -260,3 +263,30 @@ class AgentError(AgentServerError):
 
 class InvalidOutputError(AgentError):
     """What the LLM wrote does not have the shape asked for."""
+
+
+class ClientError(AgentServerError):
+    """What the command line met when it asked a server."""
+
+
+class ServerUnreachableError(ClientError):
+    """Nobody answers at the URL, or not as our server does."""
+
+    def __init__(self, url: str, problem: str) -> None:
+        self.url, self.problem = url, problem
+        super().__init__(f"no server answers at {url}: {problem}")
+
+
+class ServerRefusedError(ClientError):
+    """The server said no. `status` is the HTTP status, the rest is from its RFC 9457 problem details."""
+
+    def __init__(
+        self, status: int, title: str, *, detail: str = "", pointer: str = "", choices: tuple[str, ...] = ()
+    ) -> None:
+        self.status, self.title, self.detail = status, title, detail
+        self.pointer, self.choices = pointer, choices
+        text = detail or title
+        # The server's sentence may say the place and the choices by itself.
+        where = f" at {pointer}" if pointer and pointer not in text else ""
+        rest = f" (choices: {', '.join(choices)})" if choices and choices[0] not in text else ""
+        super().__init__(f"{text}{where}{rest} [{status}]")
