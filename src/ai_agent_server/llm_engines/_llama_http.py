@@ -1,6 +1,6 @@
 """llama.cpp's HTTP server as its clients see it: streamed chat completions, and what it says of itself."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from ai_agent_server.errors import (
     EngineUnreachableError,
 )
 from ai_agent_server.llm_engines import _openai_wire as wire
+from ai_agent_server.llm_engines import _tools_by_schema as tools_by_schema
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import refusal, retry_after_s
 from ai_agent_server.llm_engines.base import EngineTimeouts
@@ -26,6 +27,14 @@ ERROR_BYTES = 64 * 1024
 T = TypeVar("T")
 
 
+class _Capabilities(msgspec.Struct, frozen=True):
+    supports_tools: bool = True
+
+
+class _Props(msgspec.Struct, frozen=True):
+    chat_template_caps: _Capabilities = _Capabilities()
+
+
 class LlamaHTTP:
     """A client of one llama.cpp server at `base_url` (no `/v1`)."""
 
@@ -33,6 +42,7 @@ class LlamaHTTP:
         self, base_url: str, *, engine: str, timeouts: EngineTimeouts, api_key: str | None = None
     ) -> None:
         self._engine, self._timeouts, self._secret = engine, timeouts, api_key
+        self._template_has_tools: bool | None = None
         self._client = httpx.AsyncClient(
             base_url=base_url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -44,8 +54,32 @@ class LlamaHTTP:
             follow_redirects=False,
         )
 
-    async def stream(self, request: ChatRequest, model: str, extra: JSONObject) -> AsyncIterator[ChatDelta]:
-        """Answer `request`; `extra` goes into the body as it is."""
+    async def stream(
+        self, request: ChatRequest, model: str, extra: JSONObject
+    ) -> AsyncGenerator[ChatDelta, None]:
+        """Answer `request`; `extra` goes into the body as it is.
+
+        A model whose chat template knows no tools (llama.cpp would leave them out in silence)
+        is held to a call by a grammar; its answer then comes in one piece.
+        """
+        if request.tools and request.tool_choice != "none" and not await self._has_tools():
+            deltas = tools_by_schema.stream(
+                request, lambda asked: self._stream(asked, model, extra), engine=self._engine
+            )
+        else:
+            deltas = self._stream(request, model, extra)
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield delta
+
+    async def _has_tools(self) -> bool:
+        if self._template_has_tools is None:
+            self._template_has_tools = (await self.get("/props", _Props)).chat_template_caps.supports_tools
+        return self._template_has_tools
+
+    async def _stream(
+        self, request: ChatRequest, model: str, extra: JSONObject
+    ) -> AsyncGenerator[ChatDelta, None]:
         body = {**wire.payload(request, model, max_tokens_field="max_tokens"), **extra}
         pace = Pace(self._timeouts, self._engine)
         answer = wire.Answer(engine=self._engine, secret=self._secret)
@@ -57,15 +91,14 @@ class LlamaHTTP:
         try:
             with self._translated():
                 await self._accept(response, pace)
-                async with aclosing(response.aiter_bytes()) as pieces:
-                    async for event in self._events(pieces, events, pace):
-                        if event == DONE:
-                            break
-                        delta = answer.take(wire.decode_chunk(event, engine=self._engine))
-                        if answer.progressed:
-                            pace.progress()
-                        if delta is not None:
-                            yield delta
+                async for event in self._events(response.aiter_bytes(), events, pace):
+                    if event == DONE:
+                        break
+                    delta = answer.take(wire.decode_chunk(event, engine=self._engine))
+                    if answer.progressed:
+                        pace.progress()
+                    if delta is not None:
+                        yield delta
             yield answer.end()
         finally:
             await response.aclose()
@@ -103,14 +136,13 @@ class LlamaHTTP:
     async def _accept(self, response: httpx.Response, pace: Pace) -> None:
         if response.status_code == httpx.codes.OK:
             return
-        said = b""
-        async with aclosing(response.aiter_bytes()) as pieces:
-            while len(said) < ERROR_BYTES:
-                async with pace.waiting():
-                    piece = await anext(pieces, None)
-                if piece is None:
-                    break
-                said += piece
+        said, pieces = b"", response.aiter_bytes()
+        while len(said) < ERROR_BYTES:
+            async with pace.waiting():
+                piece = await anext(pieces, None)
+            if piece is None:
+                break
+            said += piece
         raise self._refused(response, said)
 
     def _refused(self, response: httpx.Response, body: bytes) -> EngineError:
@@ -129,14 +161,10 @@ class LlamaHTTP:
         try:
             yield
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as exc:
-            raise translate(
-                exc, engine=self._engine, timeouts=self._timeouts, connecting=connecting
-            ) from exc
+            raise translate(exc, engine=self._engine, timeouts=self._timeouts, connecting=connecting) from exc
 
 
-def translate(
-    exc: Exception, *, engine: str, timeouts: EngineTimeouts, connecting: bool
-) -> EngineError:
+def translate(exc: Exception, *, engine: str, timeouts: EngineTimeouts, connecting: bool) -> EngineError:
     """Our error for one of httpx's. `connecting`: nothing of an answer came yet."""
     match exc:
         case httpx.ConnectTimeout() | httpx.PoolTimeout():

@@ -185,7 +185,7 @@ class Answer:
         self._model = ""
         self._called = False
         self.progressed = False
-        """Whether the last chunk was something that the model wrote (thinking counts, an empty one does not)."""
+        """Whether the last chunk had something that the model wrote; its thinking counts."""
 
     def take(self, chunk: Chunk) -> ChatDelta | None:
         """The next chunk's delta, None when it carries no answer. Raises for an error in the stream."""

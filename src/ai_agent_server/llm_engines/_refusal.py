@@ -65,9 +65,7 @@ def in_stream(
     """The error for an error object inside a stream that began well."""
     if _OVERFLOW.search(f"{code} {problem}"):
         return ContextOverflowError(short(problem, secret), engine=engine, status=status)
-    return EngineFailedError(
-        short(problem, secret) or "an error without words", engine=engine, status=status
-    )
+    return EngineFailedError(short(problem, secret) or "an error without words", engine=engine, status=status)
 
 
 def short(problem: str, secret: str | None) -> str:

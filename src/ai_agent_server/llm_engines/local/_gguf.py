@@ -11,7 +11,9 @@ from ai_agent_server.errors import ModelNotFoundError
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}$")
 
 
-def resolve(model: str, packages: tuple[str, ...], *, engine: str, environ: Mapping[str, str] = os.environ) -> Path:
+def resolve(
+    model: str, packages: tuple[str, ...], *, engine: str, environ: Mapping[str, str] = os.environ
+) -> Path:
     """The GGUF file of `model`. Reads folders, so call it off the event loop.
 
     `model` is a path to a .gguf file; or a name (`SmolLM2-135M-Instruct`, with or without its

@@ -4,9 +4,9 @@ import asyncio
 import os
 import secrets
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import structlog
 
 from ai_agent_server.core.chat import ChatDelta, ChatRequest
 from ai_agent_server.errors import (
-    EngineError,
     EngineFailedError,
     EngineProtocolError,
     EngineTimeoutError,
@@ -65,7 +64,7 @@ class LlamaCppEngine:
         # An agent's turn may be repeated to the letter: the prefix is kept in the slot.
         stream = child.http.stream(request, self._spec.model, {"cache_prompt": True})
         try:
-            async with aclosing(stream) as deltas:  # type: ignore[type-var]  # an async generator
+            async with aclosing(stream) as deltas:
                 async for delta in deltas:
                     yield delta
         except (EngineUnreachableError, EngineProtocolError) as exc:
@@ -143,9 +142,7 @@ class LlamaCppEngine:
             async with asyncio.timeout(self._options.load_timeout_s):
                 await child.open(self._order(path, child.api_key))
         except TimeoutError as exc:
-            raise EngineTimeoutError(
-                "connect", self._options.load_timeout_s, engine=self._spec.name
-            ) from exc
+            raise EngineTimeoutError("connect", self._options.load_timeout_s, engine=self._spec.name) from exc
         finally:
             if not child.serving:
                 await child.aclose()
@@ -238,10 +235,8 @@ class _Child:
     async def aclose(self) -> None:
         self.serving = False
         if self._process.returncode is None:
-            try:
+            with suppress(ProcessLookupError):
                 self._process.kill()
-            except ProcessLookupError:
-                pass
         await self._process.wait()
         await self._reading
         if hasattr(self, "http"):
