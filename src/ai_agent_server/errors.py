@@ -31,7 +31,8 @@ AgentServerError
 │   └── EngineProtocolError     cut, malformed or contradictory answer
 ├── NoLLMError                  the balancer refused every LLM (carries the decision)
 ├── ChannelError                the message transport failed
-│   └── ChannelClosedError
+│   ├── ChannelClosedError
+│   └── MessageTooLargeError    the transport takes no message of this size (limit_bytes)
 ├── SandboxError                no tier of the sandbox works, or the helper broke
 ├── AgentError                  an agent could not do its step
 │   └── InvalidOutputError      what the LLM wrote does not have the shape asked for
@@ -251,6 +252,14 @@ class ChannelError(AgentServerError):
 
 class ChannelClosedError(ChannelError):
     """The channel was closed."""
+
+
+class MessageTooLargeError(ChannelError):
+    """The transport takes no message of this size; a repeat cannot help."""
+
+    def __init__(self, subject: str, *, size_bytes: int, limit_bytes: int) -> None:
+        self.subject, self.size_bytes, self.limit_bytes = subject, size_bytes, limit_bytes
+        super().__init__(f"{subject}: a message of {size_bytes} bytes; the transport takes {limit_bytes}")
 
 
 class SandboxError(AgentServerError):

@@ -6,6 +6,15 @@ from typing import Literal, Protocol
 
 import msgspec
 
+INBOUND = "ai-agent-server.tasks.inbound"
+"""Task packets from outside, one a message."""
+FEEDBACK = "ai-agent-server.tasks.feedback"
+"""Every event of every task, and the reports of outside agents (here or on `.<task_id>` below it)."""
+DEAD_LETTERS = "ai-agent-server.tasks.dlq"
+"""What came in and could not be taken, with the reason."""
+METRICS = "ai-agent-server.metrics"
+"""The metrics snapshot, at an interval. Only the last few are kept."""
+
 ChannelState = Literal["connected", "reconnecting", "closed"]
 
 
@@ -65,13 +74,22 @@ class Channel(Protocol):
     """
 
     async def publish(self, subject: str, body: bytes, *, dedupe_id: str = "") -> None:
-        """Publish and wait until the transport has it. Raises `ChannelError`."""
+        """Publish and wait until the transport has it.
+
+        Raises `ChannelError`, at the latest after a few seconds while the transport is away, and
+        `MessageTooLargeError` when a repeat could not help.
+        """
         ...
 
     def subscribe(
         self, subject: str, *, group: str, max_in_flight: int = 64
     ) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
-        """Receive what comes on `subject` (`*` and `>` as in NATS); members of `group` share it."""
+        """Receive what comes on `subject` (`*` and `>` as in NATS); members of `group` share it.
+
+        A group gets what was kept from before it first came, and what came while it was away. At
+        most `max_in_flight` deliveries are open; leaving the context gives the open ones back. It
+        is entered also while the transport is away. The iterator ends when the channel is closed.
+        """
         ...
 
     def health(self) -> ChannelHealth:

@@ -1,0 +1,303 @@
+"""The link to a nats-server: one connection after the other, each with the streams in place."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import structlog
+from nats.aio.client import Client
+from nats.errors import ConnectionClosedError, Error
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.errors import APIError, BadRequestError
+
+from ai_agent_server.channels.base import DEAD_LETTERS, FEEDBACK, INBOUND, METRICS
+from ai_agent_server.errors import ChannelClosedError, ChannelError
+
+T = TypeVar("T")
+
+REQUEST_TIMEOUT_S = 3.0
+CONNECT_TIMEOUT_S = 5
+OPEN_TIMEOUT_S = 20.0
+PING_INTERVAL_S = 10  # a peer that vanished without a word is noticed after two of these
+RETRY_FIRST_S, RETRY_LAST_S = 0.05, 2.0
+
+DAY_S = 86_400.0
+MIB = 1024 * 1024
+NAME_IN_USE = 10058
+"""JetStream's error code for a stream that exists with another configuration."""
+
+STREAMS = (
+    StreamConfig(
+        name="AI_AGENT_SERVER_INBOUND",
+        subjects=[INBOUND],
+        retention=RetentionPolicy.WORK_QUEUE,
+        storage=StorageType.FILE,
+        # A full queue refuses the publisher; it never drops what another one was promised.
+        discard=DiscardPolicy.NEW,
+        max_msgs=100_000,
+        max_bytes=256 * MIB,
+        duplicate_window=300.0,
+    ),
+    StreamConfig(
+        name="AI_AGENT_SERVER_FEEDBACK",
+        subjects=[FEEDBACK, f"{FEEDBACK}.>"],
+        retention=RetentionPolicy.LIMITS,
+        storage=StorageType.FILE,
+        discard=DiscardPolicy.OLD,
+        max_age=3 * DAY_S,
+        max_msgs_per_subject=100_000,
+        max_bytes=512 * MIB,
+        duplicate_window=300.0,
+    ),
+    StreamConfig(
+        name="AI_AGENT_SERVER_DLQ",
+        subjects=[DEAD_LETTERS],
+        retention=RetentionPolicy.LIMITS,
+        storage=StorageType.FILE,
+        discard=DiscardPolicy.OLD,
+        max_age=30 * DAY_S,
+        max_msgs=10_000,
+        max_bytes=128 * MIB,
+        duplicate_window=300.0,
+    ),
+    StreamConfig(
+        name="AI_AGENT_SERVER_METRICS",
+        subjects=[METRICS],
+        retention=RetentionPolicy.LIMITS,
+        storage=StorageType.MEMORY,
+        discard=DiscardPolicy.OLD,
+        max_age=600.0,
+        max_msgs=16,
+        max_bytes=16 * MIB,
+        duplicate_window=60.0,
+    ),
+)
+
+log = structlog.get_logger(__name__)
+
+
+def stream_of(subject: str) -> str:
+    """The stream that keeps `subject`. Raises `ChannelError` for one that no stream keeps."""
+    for stream in STREAMS:
+        for kept in stream.subjects or ():
+            if subject == kept or (kept.endswith(">") and subject.startswith(kept[:-1])):
+                return str(stream.name)
+    raise ChannelError(f"no stream keeps the subject {subject!r}")
+
+
+@asynccontextmanager
+async def translated(doing: str) -> AsyncIterator[None]:
+    """nats-py's errors as `ChannelError`."""
+    try:
+        yield
+    except (Error, OSError, TimeoutError) as exc:
+        raise ChannelError(f"{doing}: {_told(exc)}") from exc
+
+
+def _told(exc: BaseException) -> str:
+    return str(exc) or type(exc).__name__
+
+
+class Session:
+    """One connection, from CONNECT until it is lost. Nothing of it is used after that.
+
+    nats-py's own reconnect is off: it replays a buffer of half-finished requests and keeps pull
+    subscriptions that no longer deliver. A new connection that carries nothing over does neither.
+    """
+
+    def __init__(self, client: Client, lost: "asyncio.Future[None]") -> None:
+        self.client = client
+        self.jetstream = client.jetstream(timeout=REQUEST_TIMEOUT_S)
+        self.incarnations: dict[str, str] = {}
+        """Stream -> when it was created. A stream that was lost and made anew counts from 1 again."""
+        self._lost = lost
+        self._ensuring = asyncio.Lock()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection is gone."""
+        return self._lost.done()
+
+    async def lost(self) -> None:
+        """Return when the connection is gone."""
+        await asyncio.shield(self._lost)
+
+    async def or_lost(self, work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
+        """The result of `work`; nats-py leaves requests of a dead connection waiting, this does not.
+
+        Raises `ConnectionClosedError` and `TimeoutError`.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((task, self._lost), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if self._lost.done():
+                raise ConnectionClosedError
+            raise TimeoutError
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait((task,))
+
+    async def ensure_streams(self) -> None:
+        """Create the streams that are missing, and bring the others up to the layout."""
+        async with self._ensuring:
+            for wanted in STREAMS:
+                try:
+                    info = await self.jetstream.add_stream(wanted)
+                except BadRequestError as exc:
+                    if exc.err_code != NAME_IN_USE:
+                        raise
+                    info = await self._update(wanted)
+                self.incarnations[str(wanted.name)] = str(info.created)
+
+    async def _update(self, wanted: StreamConfig) -> Any:
+        try:
+            return await self.jetstream.update_stream(wanted)
+        except APIError as exc:
+            # Somebody made it by hand with another retention, say. It may still serve.
+            log.warning("channel.stream_kept", stream=wanted.name, problem=exc.description)
+            return await self.jetstream.stream_info(str(wanted.name))
+
+
+class Link:
+    """Keeps a session open as long as there is a server, and makes a new one when it is lost."""
+
+    def __init__(self, url: str, *, credentials: str | None, name: str) -> None:
+        self._servers = [server.strip() for server in url.split(",")]
+        self._login = _login(credentials)
+        self._name = name
+        self._session: Session | None = None
+        self._connected = asyncio.Event()
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+        self.url = ",".join(_without_credentials(server) for server in self._servers)
+        self.connections = 0
+        self.version = ""
+
+    def open(self) -> None:
+        """Start connecting, in the background."""
+        self._task = asyncio.create_task(self._keep(), name="nats-link")
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a session now."""
+        return self._session is not None and not self._session.is_lost
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `aclose` was called."""
+        return self._closing
+
+    async def session(self, timeout_s: float | None = None) -> Session:
+        """The session, as soon as there is one. Raises `ChannelError` after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._session is None or self._session.is_lost:
+                    if self._closing:
+                        raise ChannelClosedError("the channel was closed")
+                    self._connected.clear()
+                    await self._connected.wait()
+        except TimeoutError as exc:
+            raise ChannelError(f"not connected to {self.url}") from exc
+        return self._session
+
+    async def aclose(self) -> None:
+        """Send what is waiting, close, and stop connecting. May be called twice."""
+        self._closing = True
+        self._connected.set()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+
+    async def _keep(self) -> None:
+        while True:
+            session = await self._open()
+            try:
+                self._session = session
+                self.connections += 1
+                self._connected.set()
+                await session.lost()
+                log.warning("channel.lost", url=self.url)
+            finally:
+                self._session = None
+                await _close(session.client)
+
+    async def _open(self) -> Session:
+        wait_s, told = RETRY_FIRST_S, ""
+        while True:
+            session, problem = await self._try()
+            if session is not None:
+                log.info("channel.connected", url=self.url, version=self.version)
+                return session
+            if problem != told:
+                log.warning("channel.unreachable", url=self.url, problem=problem)
+            told = problem
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, RETRY_LAST_S)
+
+    async def _try(self) -> tuple[Session | None, str]:
+        """One attempt: (session, ""), or (None, why not)."""
+        client = Client()
+        lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def on_lost() -> None:
+            if not lost.done():
+                lost.set_result(None)
+
+        async def on_error(exc: Exception) -> None:
+            log.debug("channel.nats_error", problem=_told(exc))
+
+        session: Session | None = None
+        problem = ""
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                await client.connect(
+                    self._servers,
+                    name=self._name,
+                    allow_reconnect=False,
+                    max_reconnect_attempts=1,
+                    reconnect_time_wait=0,
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    ping_interval=PING_INTERVAL_S,
+                    max_outstanding_pings=1,
+                    error_cb=on_error,
+                    disconnected_cb=on_lost,
+                    closed_cb=on_lost,
+                    **self._login,
+                )
+                opened = Session(client, lost)
+                await opened.ensure_streams()
+                self.version = str(client.connected_server_version)
+                session = opened
+        except (Error, OSError, TimeoutError) as exc:
+            problem = _told(exc)
+        finally:
+            if session is None:
+                await _close(client)
+        return session, problem
+
+
+async def _close(client: Client) -> None:
+    with suppress(Error, OSError, TimeoutError):
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            if client.is_connected:
+                await client.flush()
+    with suppress(Error, OSError, TimeoutError):
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            await client.close()
+
+
+def _login(credentials: str | None) -> dict[str, Any]:
+    if not credentials:
+        return {}
+    user, colon, password = credentials.partition(":")
+    return {"user": user, "password": password} if colon else {"token": credentials}
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
