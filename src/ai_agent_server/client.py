@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, TypeAlias, TypeVar
 import httpx
 import msgspec
 
+from ai_agent_server.core.api_schemas import LLMCard, LLMList, ToggleDraft
 from ai_agent_server.core.chat import Decision
 from ai_agent_server.core.ports import HealthReport
 from ai_agent_server.core.task_packet import (
@@ -151,14 +152,14 @@ class Client:
         body = msgspec.json.encode(draft)
         return self._fetched(await self._ask("POST", f"{TASKS}/{task_id}/feedback", body=body))
 
-    async def llms(self) -> Any:
-        """The configured LLMs as they stand now, as the server tells them (JSON)."""
-        return self._decode(await self._ask("GET", "/api/v1/llms"), Any)
+    async def llms(self) -> tuple[LLMCard, ...]:
+        """The configured LLMs as they stand now."""
+        return self._decode(await self._ask("GET", "/api/v1/llms"), LLMList).items
 
-    async def set_toggle(self, name: str, on: bool) -> Any:
-        """Switch an LLM on or off; answers it as it became (JSON)."""
-        body = msgspec.json.encode({"toggle": on})
-        return self._decode(await self._ask("PATCH", f"/api/v1/llms/{name}", body=body), Any)
+    async def set_toggle(self, name: str, on: bool) -> LLMCard:
+        """Switch an LLM on or off; answers it as it became."""
+        body = msgspec.json.encode(ToggleDraft(toggle=on))
+        return self._decode(await self._ask("PATCH", f"/api/v1/llms/{name}", body=body), LLMCard)
 
     async def explain(self, wanted: Requirements) -> Decision:
         """Which LLM would serve, and why; no LLM is called."""

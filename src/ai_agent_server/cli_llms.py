@@ -1,0 +1,134 @@
+"""`llms`: the configured LLMs of a running server, their switches, and why one would be chosen."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.table import Table
+from rich.text import Text
+
+from ai_agent_server import cli_view
+from ai_agent_server.cli import Exit
+from ai_agent_server.cli_options import AsJSON, ServerURL, connect, console, print_json
+from ai_agent_server.core.api_schemas import LLMCard
+from ai_agent_server.core.chat import Capability, Decision, Privacy, Tier
+from ai_agent_server.load_balancer.base import Requirements
+
+__all__ = ("llms",)
+
+llms = App(name="llms", help="List LLMs; switch one on or off; explain a choice.")
+
+
+@llms.default
+def list_llms(*, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """List the configured LLMs as they stand now."""
+
+    async def talk() -> tuple[LLMCard, ...]:
+        async with connect(server) as client:
+            return await client.llms()
+
+    cards = asyncio.run(talk())
+    if as_json:
+        print_json({"items": cards})
+    else:
+        console().print(_table(cards), soft_wrap=True)
+    return Exit.OK
+
+
+@llms.command(name="on")
+def switch_on(name: str, /, *, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """Switch an LLM on; kept over a restart."""
+    return _switch(name, True, server, as_json)
+
+
+@llms.command(name="off")
+def switch_off(name: str, /, *, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """Switch an LLM off; what it does now it finishes. Kept over a restart."""
+    return _switch(name, False, server, as_json)
+
+
+@llms.command
+def explain(
+    *,
+    llm: Annotated[str | None, Parameter(help="Exactly this LLM.")] = None,
+    tier: Tier | None = None,
+    prefer: Annotated[
+        tuple[str, ...], Parameter(negative=(), show_default=False, help="LLMs to prefer, best first.")
+    ] = (),
+    privacy: Annotated[Privacy, Parameter(help="local: nothing may leave this machine.")] = "any",
+    needs: Annotated[tuple[Capability, ...], Parameter(negative=())] = ("chat",),
+    input_tokens: int = 0,
+    output_tokens: int = 256,
+    max_cost_usd: float | None = None,
+    server: ServerURL = None,
+    as_json: AsJSON = False,
+) -> int:
+    """Say which LLM would serve such a request, and why. No LLM is called."""
+    wanted = Requirements(
+        llm=llm,
+        tier=tier,
+        prefer=prefer,
+        privacy=privacy,
+        needs=frozenset(needs),
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        max_cost_usd=max_cost_usd,
+    )
+
+    async def talk() -> Decision:
+        async with connect(server) as client:
+            return await client.explain(wanted)
+
+    found = asyncio.run(talk())
+    if as_json:
+        print_json(found)
+    else:
+        console().print(cli_view.decision(found), soft_wrap=True)
+    return Exit.OK if found.chosen is not None else Exit.FAILED
+
+
+def _switch(name: str, on: bool, server: str | None, as_json: bool) -> int:
+    async def talk() -> LLMCard:
+        async with connect(server) as client:
+            return await client.set_toggle(name, on)
+
+    card = asyncio.run(talk())
+    if as_json:
+        print_json(card)
+    else:
+        console().print(f"{card.name} is {'on' if card.toggle else 'off'}", soft_wrap=True)
+    return Exit.OK
+
+
+def _table(cards: Sequence[LLMCard]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in (
+        "llm",
+        "on",
+        "engine",
+        "model",
+        "tier",
+        "context",
+        "busy",
+        "circuit",
+        "in memory",
+        "tokens/s",
+    ):
+        table.add_column(column, overflow="fold")
+    for card in cards:
+        resident = {True: "yes", False: "no", None: "?"}[card.resident]
+        speed = "" if card.tokens_per_s is None else f"{card.tokens_per_s:.0f}"
+        table.add_row(
+            Text(card.name),
+            Text("on", style="green") if card.toggle else Text("off", style="dim"),
+            Text(card.engine or card.source),
+            Text(card.model or ""),
+            card.tier + (" locked" if card.locked else ""),
+            str(card.context_tokens),
+            f"{card.in_flight}/{card.slots}",
+            Text(card.circuit, style="" if card.circuit == "closed" else "red"),
+            resident,
+            speed,
+        )
+    return table

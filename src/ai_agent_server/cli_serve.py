@@ -1,0 +1,80 @@
+"""`serve`: the server in the foreground, one line on standard output when it is ready."""
+
+import ipaddress
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.types import UInt16
+
+from ai_agent_server.config.settings import environment
+from ai_agent_server.errors import ConfigurationError
+
+__all__ = ("API_KEY", "DEFAULT_HOST", "DEFAULT_PORT", "check_binding", "default_state_dir", "serve")
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 3160
+API_KEY = "AI_AGENT_SERVER_API_KEY"
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """Where tasks are kept by default, as the XDG Base Directory Specification says."""
+    base = environ.get("XDG_STATE_HOME", "")
+    root = Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "state"
+    return root / "ai-agent-server"
+
+
+def check_binding(host: str, api_key: str | None) -> None:
+    """Refuse to listen beyond this machine without a key. Raises `ConfigurationError`."""
+    if api_key or _is_loopback(host):
+        return
+    raise ConfigurationError(
+        f"{host} can be reached from other machines, so a key is needed: set {API_KEY} (in the "
+        f"environment or in .env), or listen on {DEFAULT_HOST}",
+        source="--host",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(
+    *,
+    config: Annotated[Path | None, Parameter(env_var="AI_AGENT_SERVER_CONFIG")] = None,
+    host: Annotated[str, Parameter(env_var="AI_AGENT_SERVER_HOST")] = DEFAULT_HOST,
+    port: Annotated[UInt16, Parameter(env_var="AI_AGENT_SERVER_PORT")] = DEFAULT_PORT,
+    state_dir: Annotated[Path | None, Parameter(env_var="AI_AGENT_SERVER_STATE_DIR")] = None,
+) -> int:
+    """Run the server until Ctrl-C.
+
+    Prints one line when it is ready; what happens is logged on standard error.
+
+    Parameters
+    ----------
+    config
+        A configuration.json; by default the packaged one, which needs no key and no network.
+    host
+        The address to listen on. Beyond this machine only with AI_AGENT_SERVER_API_KEY set.
+    port
+        The port to listen on; 0 takes a free one.
+    state_dir
+        Where tasks are kept; by default $XDG_STATE_HOME/ai-agent-server or
+        ~/.local/state/ai-agent-server.
+    """
+    environ = environment()
+    check_binding(host, environ.get(API_KEY) or None)
+    folder = state_dir or default_state_dir(environ)
+
+    def ready(url: str) -> None:
+        sys.stdout.write(f"AI-Agent-Server is ready at {url} (state in {folder}; Ctrl-C stops it)\n")
+        sys.stdout.flush()
+
+    from ai_agent_server import app  # noqa: PLC0415 - what is refused above is refused at once
+
+    return app.serve(config=config, host=host, port=port, state_dir=folder, ready=ready)

@@ -1,0 +1,430 @@
+"""`run`, `submit`, `watch` and `tasks`: what a person does with tasks on a running server."""
+
+import asyncio
+import contextlib
+import json
+import sys
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.text import Text
+
+from ai_agent_server import cli_view
+from ai_agent_server.cli import Exit
+from ai_agent_server.cli_options import AsJSON, ServerURL, connect, console, print_json
+from ai_agent_server.client import Client, Fetched
+from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.task_packet import (
+    FeedbackDraft,
+    InputRequired,
+    LimitsDraft,
+    TaskDraft,
+    TaskPacket,
+    TaskStatus,
+)
+from ai_agent_server.errors import InvalidPacketError
+from ai_agent_server.tasks_state.base import TaskPage
+
+__all__ = ("TaskOptions", "exit_code", "follow", "payload", "run", "show_end", "submit", "tasks", "watch")
+
+T = TypeVar("T")
+
+TO_PATTERN = "PROFILE/ROLE"
+
+tasks = App(name="tasks", help="List tasks; show, cancel, delete one, or send feedback.")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """What a task is made of, besides its text."""
+
+    to: Annotated[str, Parameter(help=f"Where it goes, {TO_PATTERN}.")] = "developer/planner"
+    example: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name=["--example", "-e"],
+            negative=(),
+            show_default=False,
+            help="An assertion that must hold; repeat for more.",
+        ),
+    ] = ()
+    entry_point: Annotated[str | None, Parameter(help="The function that is called.")] = None
+    payload: Annotated[
+        Path | None,
+        Parameter(
+            name="--payload", allow_leading_hyphen=True, help="A JSON file to start from; - reads it here."
+        ),
+    ] = None
+    set_field: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name=["--set", "-s"],
+            negative=(),
+            show_default=False,
+            help="A field of the payload, NAME=VALUE: JSON or text, @FILE reads a file; repeat for more.",
+        ),
+    ] = ()
+    scope: Annotated[
+        Literal["workflow", "role"], Parameter(help="The whole workflow, or this one role alone.")
+    ] = "workflow"
+    privacy: Annotated[Literal["any", "local"], Parameter(help="local: nothing leaves this machine.")] = "any"
+    calls: Annotated[int | None, Parameter(help="At most so many LLM calls.")] = None
+    tokens: Annotated[int | None, Parameter(help="At most so many tokens, in and out.")] = None
+    wall_s: Annotated[float | None, Parameter(help="At most so many seconds.")] = None
+    feedback_hops: Annotated[int | None, Parameter(help="At most so many feedback hops.")] = None
+    cost_usd: Annotated[float | None, Parameter(help="At most so many dollars.")] = None
+
+    def target(self) -> tuple[str, str]:
+        """(profile, role). Raises `InvalidPacketError`."""
+        profile, slash, role = self.to.partition("/")
+        if not (profile and slash and role) or "/" in role:
+            raise InvalidPacketError(f"--to {self.to} is not {TO_PATTERN}", expected="developer/planner, say")
+        return profile, role
+
+    def draft(self, task: str | None) -> TaskDraft:
+        """The packet to send. Raises `InvalidPacketError`."""
+        limits = LimitsDraft(
+            calls=self.calls,
+            tokens=self.tokens,
+            wall_s=self.wall_s,
+            feedback_hops=self.feedback_hops,
+            cost_usd=self.cost_usd,
+        )
+        return TaskDraft(
+            payload=payload(
+                task,
+                document=_read(self.payload) if self.payload is not None else None,
+                fields=self.set_field,
+                examples=self.example,
+                entry_point=self.entry_point,
+            ),
+            limits=limits if limits != LimitsDraft() else None,
+            scope=self.scope,
+            privacy=self.privacy,
+        )
+
+
+def payload(
+    task: str | None,
+    *,
+    document: str | None = None,
+    fields: tuple[str, ...] = (),
+    examples: tuple[str, ...] = (),
+    entry_point: str | None = None,
+) -> JSONObject:
+    """The payload that the options describe, the later ones over `document`. Raises `InvalidPacketError`."""
+    made: JSONObject = {}
+    if document is not None:
+        try:
+            found: Any = json.loads(document)
+        except ValueError as exc:
+            raise InvalidPacketError(f"--payload is no JSON: {exc}") from exc
+        if not isinstance(found, dict):
+            raise InvalidPacketError("--payload is no JSON object")
+        made |= found
+    if task is not None:
+        made["task"] = task
+    if entry_point is not None:
+        made["entry_point"] = entry_point
+    if examples:
+        made["examples"] = list(examples)
+    for field in fields:
+        name, equals, value = field.partition("=")
+        if not (name and equals):
+            raise InvalidPacketError(f"--set {field} is not NAME=VALUE")
+        made[name] = _read(Path(value[1:])) if value.startswith("@") else _value(value)
+    if not made:
+        raise InvalidPacketError("say what is wanted: a TASK, --payload FILE or --set NAME=VALUE")
+    return made
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _read(path: Path) -> str:
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise InvalidPacketError(f"{path} cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise InvalidPacketError(f"{path} is not UTF-8 text") from exc
+
+
+def run(
+    task: str | None = None,
+    /,
+    *,
+    options: TaskOptions = TaskOptions(),
+    server: ServerURL = None,
+    as_json: AsJSON = False,
+) -> int:
+    """Submit a task, follow it to its end, show the result.
+
+    Exit code 0: completed. 1: not. 4: it waits for an answer.
+
+    Parameters
+    ----------
+    task
+        What is wanted, in words: the payload's field `task`.
+    """
+    profile, role = options.target()
+    draft = options.draft(task)
+
+    async def talk() -> Fetched:
+        async with connect(server) as client:
+            sent = await client.submit(profile, role, draft, idempotency_key=str(uuid.uuid4()))
+            task_id = sent.packet.task_id
+            if as_json:
+                return await follow(client, task_id, None)
+            fetched = await follow(client, task_id, out)
+            while fetched.packet.status is TaskStatus.INPUT_REQUIRED and sys.stdin.isatty():
+                said = out.input("answer (empty leaves it for later): ")
+                if not said.strip():
+                    break
+                since = fetched.packet.revision
+                await client.feedback(task_id, FeedbackDraft(role="user", outcome="answer", why=said))
+                fetched = await follow(client, task_id, out, since=since)
+            return fetched
+
+    out = console()
+    fetched = asyncio.run(talk())
+    if as_json:
+        print_json(fetched.packet)
+    else:
+        show_end(out, fetched)
+    return exit_code(fetched.packet)
+
+
+def submit(
+    task: str | None = None,
+    /,
+    *,
+    options: TaskOptions = TaskOptions(),
+    server: ServerURL = None,
+    as_json: AsJSON = False,
+    idempotency_key: str | None = None,
+) -> int:
+    """Submit a task and print its id.
+
+    Parameters
+    ----------
+    task
+        What is wanted, in words: the payload's field `task`.
+    idempotency_key
+        The same key again answers the same task instead of a second one.
+    """
+    profile, role = options.target()
+    draft = options.draft(task)
+
+    async def talk() -> Fetched:
+        async with connect(server) as client:
+            return await client.submit(
+                profile, role, draft, idempotency_key=idempotency_key or str(uuid.uuid4())
+            )
+
+    sent = asyncio.run(talk())
+    if as_json:
+        print_json(sent.packet)
+    else:
+        sys.stdout.write(sent.packet.task_id + "\n")
+    return Exit.OK
+
+
+def watch(task_id: str, /, *, since: int = 0, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """Follow a task to its end; what happened before is told first.
+
+    With --json, one event a line as it comes.
+
+    Parameters
+    ----------
+    since
+        Tell only what came after this `seq`.
+    """
+
+    async def talk() -> Fetched:
+        async with connect(server) as client:
+            if as_json:
+                async with contextlib.aclosing(client.follow(task_id, since=since)) as told:
+                    async for item in told:
+                        print_json(item, pretty=False)
+                return await client.task(task_id)
+            return await follow(client, task_id, out, since=since, until_asked=False)
+
+    out = console()
+    fetched = asyncio.run(talk())
+    if not as_json:
+        show_end(out, fetched)
+    return exit_code(fetched.packet)
+
+
+async def follow(
+    client: Client, task_id: str, out: Console | None, *, since: int = 0, until_asked: bool = True
+) -> Fetched:
+    """Show the task on `out` until it ended, or until it asks the person, and answer it as it is."""
+    try:
+        with contextlib.ExitStack() as stack:
+            view = stack.enter_context(cli_view.TaskView(out)) if out is not None else None
+            async with contextlib.aclosing(client.follow(task_id, since=since)) as told:
+                async for item in told:
+                    if view is not None:
+                        view.tell(item)
+                    if until_asked and isinstance(item, InputRequired) and item.role == "user":
+                        fetched = await client.task(task_id)
+                        # An old question is told again to who comes late; it may be answered by now.
+                        if fetched.packet.status is TaskStatus.INPUT_REQUIRED:
+                            return fetched
+        return await client.task(task_id)
+    except asyncio.CancelledError:
+        sys.stderr.write(f"\nthe task goes on: ai-agent-server watch {task_id}\n")
+        raise
+
+
+def show_end(out: Console, fetched: Fetched) -> None:
+    """The result, and what can be done now."""
+    out.print(cli_view.result(fetched), soft_wrap=True)
+    for step in cli_view.what_next(fetched.packet):
+        out.print(Text(f"next {step}", style="dim"), soft_wrap=True)
+
+
+def exit_code(packet: TaskPacket) -> int:
+    """What the task came to."""
+    match packet.status:
+        case TaskStatus.COMPLETED:
+            return Exit.OK
+        case TaskStatus.INPUT_REQUIRED:
+            return Exit.INPUT_REQUIRED
+        case _:
+            return Exit.FAILED
+
+
+@tasks.default
+def list_tasks(
+    *,
+    profile: str | None = None,
+    role: str | None = None,
+    status: TaskStatus | None = None,
+    limit: Annotated[int, Parameter(help="At most so many, 200 at most.")] = 20,
+    cursor: Annotated[str | None, Parameter(help="Where the page before ended.")] = None,
+    server: ServerURL = None,
+    as_json: AsJSON = False,
+) -> int:
+    """List tasks, newest first."""
+
+    async def talk() -> TaskPage:
+        async with connect(server) as client:
+            return await client.tasks(profile=profile, role=role, status=status, limit=limit, cursor=cursor)
+
+    page = asyncio.run(talk())
+    if as_json:
+        print_json(page)
+    elif not page.items:
+        console().print("no tasks")
+    else:
+        out = console()
+        out.print(cli_view.tasks_table(page.items), soft_wrap=True)
+        if page.next_cursor:
+            out.print(f"more: ai-agent-server tasks --cursor {page.next_cursor}", soft_wrap=True)
+    return Exit.OK
+
+
+@tasks.command
+def show(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """Show a task: every step and why, its result, its file."""
+    fetched = _on_task(server, lambda client: client.task(task_id))
+    if as_json:
+        print_json(fetched.packet)
+        return Exit.OK
+    out = console()
+    with cli_view.TaskView(out) as view:
+        view.tell(fetched.packet)
+        out.print(cli_view.asked(fetched.packet), soft_wrap=True)
+        for event in fetched.packet.history:
+            for line in cli_view.describe(event):
+                out.print(line, soft_wrap=True)
+    out.print(cli_view.result(fetched), soft_wrap=True)
+    return Exit.OK
+
+
+@tasks.command
+def cancel(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """End a task now; what it had is kept."""
+    return _changed(_on_task(server, lambda client: client.cancel(task_id)), as_json)
+
+
+@tasks.command
+def delete(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """Remove an ended task and its file."""
+    _on_task(server, lambda client: client.delete(task_id))
+    if as_json:
+        print_json({"task_id": task_id, "deleted": True})
+    else:
+        console().print(f"deleted {task_id}", soft_wrap=True)
+    return Exit.OK
+
+
+@tasks.command
+def feedback(
+    task_id: str,
+    /,
+    *,
+    role: str,
+    outcome: str,
+    why: str = "",
+    code: Annotated[Path | None, Parameter(help="A file whose code replaces the task's.")] = None,
+    failing: Annotated[
+        tuple[str, ...],
+        Parameter(negative=(), show_default=False, help="A test that failed; repeat for more."),
+    ] = (),
+    sender: str = "",
+    server: ServerURL = None,
+    as_json: AsJSON = False,
+) -> int:
+    """Report for a role, as an outside agent or a person.
+
+    Parameters
+    ----------
+    role
+        Who reports: a role of the task's profile, or `user` to answer a question.
+    outcome
+        The word that the routes look up: done, pass, fail, answer, ...
+    why
+        The reason, or the answer.
+    sender
+        Who you are, for the history.
+    """
+    draft = FeedbackDraft(
+        role=role,
+        outcome=outcome,
+        why=why,
+        sender=sender,
+        failing=failing,
+        code=_read(code) if code is not None else None,
+    )
+    return _changed(_on_task(server, lambda client: client.feedback(task_id, draft)), as_json)
+
+
+def _on_task(server: str | None, ask: Callable[[Client], Awaitable[T]]) -> T:
+    async def talk() -> T:
+        async with connect(server) as client:
+            return await ask(client)
+
+    return asyncio.run(talk())
+
+
+def _changed(fetched: Fetched, as_json: bool) -> int:
+    packet = fetched.packet
+    if as_json:
+        print_json(packet)
+    else:
+        console().print(f"{packet.task_id} is {packet.status.value}", soft_wrap=True)
+    return Exit.OK
