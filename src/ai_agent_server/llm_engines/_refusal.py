@@ -50,9 +50,11 @@ def refusal(
         return ContextOverflowError(text, engine=engine, status=status)
     if status in {400, 404} and _NO_MODEL.search(said):
         return ModelNotFoundError(text, engine=engine, status=status)
-    if 400 <= status < 500 and status != 408:
-        return EngineRequestError(text, engine=engine, status=status)
-    if status == 501:
+    if 300 <= status < 400:
+        return EngineRequestError(
+            "answers with a redirect, which is not followed", engine=engine, status=status
+        )
+    if status == 501 or (400 <= status < 500 and status != 408):
         return EngineRequestError(text, engine=engine, status=status)
     if status >= 500 or status == 408:
         return EngineFailedError(text, engine=engine, status=status)
