@@ -1,0 +1,156 @@
+"""What a configuration describes, built: engines, strategies, agents, prompts."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from ai_agent_server import agents, llm_engines
+from ai_agent_server.agents.base import RoleSpec
+from ai_agent_server.config import settings as configuration
+from ai_agent_server.config.settings import LLMSettings, Settings, json_pointer
+from ai_agent_server.core.chat import RouteHints
+from ai_agent_server.core.orchestration_engine import Profile, Role
+from ai_agent_server.discovery import implementation, kinds
+from ai_agent_server.errors import ConfigurationError, InvalidPacketError
+from ai_agent_server.llm_engines.base import EngineSpec, LLMEngine
+from ai_agent_server.load_balancer import strategies
+from ai_agent_server.load_balancer.balanced_engine import Member
+from ai_agent_server.load_balancer.base import BalancingStrategy
+
+MAX_FILE_BYTES = 16 * 1024 * 1024
+
+
+def engine_for(name: str, llm: LLMSettings, environ: Mapping[str, str]) -> LLMEngine:
+    """The engine that `llms.<name>` describes. Raises `ConfigurationError`."""
+    engine_class = implementation(llm_engines, llm.engine, pointer=f"/llms/{name}/engine")
+    try:
+        options = msgspec.convert(llm.options, engine_class.Options)
+    except msgspec.ValidationError as exc:
+        known = tuple(field.encode_name for field in msgspec.structs.fields(engine_class.Options))
+        raise ConfigurationError(str(exc), pointer=f"/llms/{name}/options", choices=known) from exc
+    spec = EngineSpec(
+        name=name,
+        model=llm.model,
+        context_tokens=llm.context,
+        slots=llm.slots,
+        timeouts=llm.timeouts,
+        api_key=configuration.secret(llm.api_key, environ),
+    )
+    engine: LLMEngine = engine_class(spec, options)
+    return engine
+
+
+def members_for(
+    settings: Settings, toggles: Mapping[str, bool], environ: Mapping[str, str]
+) -> dict[str, Member]:
+    """Every configured LLM with its engine, switched as it was left."""
+    return {
+        name: Member(
+            settings=msgspec.structs.replace(llm, toggle=toggles.get(name, llm.toggle)),
+            engine=engine_for(name, llm, environ),
+        )
+        for name, llm in settings.llms.items()
+    }
+
+
+def strategy_for(settings: Settings) -> BalancingStrategy:
+    """The configured strategy."""
+    name = settings.balancer.strategy
+    strategy: BalancingStrategy = implementation(strategies, name, pointer="/balancer/strategy")()
+    return strategy
+
+
+def profiles_for(settings: Settings, folder: Path | None) -> dict[str, Profile]:
+    """Every configured profile, ready to run. `folder` is where the configuration's prompts are."""
+    return {
+        name: Profile(
+            roles={role_name: _role(settings, name, role_name, folder) for role_name in profile.roles},
+            workflow=profile.workflow,
+        )
+        for name, profile in settings.profiles.items()
+    }
+
+
+def _role(settings: Settings, profile_name: str, role_name: str, folder: Path | None) -> Role:
+    profile = settings.profiles[profile_name]
+    role = profile.roles[role_name]
+    here = ("profiles", profile_name, "roles", role_name)
+    own = f"{profile_name}.{role_name.replace('-', '_')}"
+    kind = role.agent or (own if own in kinds(agents) else "prompt")
+    locked_local = role.llm is not None and (
+        settings.llms[role.llm].locked and settings.llms[role.llm].source == "local"
+    )
+    spec = RoleSpec(
+        profile=profile_name,
+        role=role_name,
+        prompt=_prompt(role.prompt, profile_name, role_name, folder, required=kind == "prompt", here=here),
+        result_schema=role.result_schema,
+        max_tokens=role.max_tokens,
+        temperature=role.temperature,
+        options=role.options,
+    )
+    return Role(
+        spec=spec,
+        agent=None
+        if kind == "external"
+        else implementation(agents, kind, pointer=json_pointer((*here, "agent")))(),
+        hints=RouteHints(
+            llm=role.llm,
+            tier=role.tier,
+            prefer=role.prefer,
+            privacy="local" if locked_local else role.privacy,
+        ),
+        limits=role.limits or settings.limits,
+        payload_schema=role.payload_schema or profile.payload_schema,
+    )
+
+
+def _prompt(
+    named: str | None, profile: str, role: str, folder: Path | None, *, required: bool, here: tuple[str, ...]
+) -> str:
+    pointer = json_pointer((*here, "prompt"))
+    relative = named or f"{profile}/{role}.md"
+    if Path(relative).is_absolute() or ".." in Path(relative).parts:
+        raise ConfigurationError("a prompt file is named relative to the configuration", pointer=pointer)
+    packaged = resources.files("ai_agent_server.config").joinpath("prompts", relative)
+    places = [*([folder / relative] if folder else []), packaged]
+    for place in places:
+        if place.is_file():
+            return place.read_text(encoding="utf-8")
+    if named or required:
+        raise ConfigurationError(
+            f"there is no prompt file {relative!r}", pointer=pointer, choices=tuple(str(p) for p in places)
+        )
+    return ""
+
+
+def file_reader(allowed: tuple[str, ...]) -> Callable[[str], Awaitable[bytes]]:
+    """Reads files below the allowed folders, links resolved, for payloads that name one."""
+    folders = tuple(Path(folder).expanduser().resolve() for folder in allowed)
+
+    def read(path: str) -> bytes:
+        wanted = Path(path).expanduser().resolve()
+        if not any(wanted.is_relative_to(folder) for folder in folders):
+            raise InvalidPacketError(
+                f"{path[:200]!r} is not below an allowed folder",
+                pointer="/payload",
+                expected=f"a file below server.allowed_folders: {', '.join(map(str, folders)) or 'none'}",
+            )
+        try:
+            if wanted.stat().st_size > MAX_FILE_BYTES:
+                raise InvalidPacketError(
+                    f"{path[:200]!r} is over {MAX_FILE_BYTES // 2**20} MiB", pointer="/payload"
+                )
+            return wanted.read_bytes()
+        except OSError as exc:
+            raise InvalidPacketError(
+                f"{path[:200]!r} cannot be read: {exc.strerror}", pointer="/payload"
+            ) from exc
+
+    async def reader(path: str) -> bytes:
+        return await asyncio.to_thread(read, path)
+
+    return reader

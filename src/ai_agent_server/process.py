@@ -1,0 +1,135 @@
+"""The serving process: one listener, uvicorn, signals. Everything else is built by `app`."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvicorn
+import uvloop
+
+from ai_agent_server import log
+from ai_agent_server.app import Server, running, try_reload
+from ai_agent_server.config import settings as configuration
+from ai_agent_server.errors import ConfigurationError
+
+__all__ = ("serve",)
+
+events = structlog.get_logger(__name__)
+
+LOG_LEVEL = "AI_AGENT_SERVER_LOG_LEVEL"
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn that says when it listens, and leaves the signals to us."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(*, config: Path | None, host: str, port: int, state_dir: Path, ready: Callable[[str], None]) -> int:
+    """Serve until SIGTERM or SIGINT; answers the exit status.
+
+    `ready` is called once with the URL. SIGHUP reloads the configuration; a second SIGTERM or SIGINT
+    stops at once. Raises `ConfigurationError` or `StoreUnusableError` before anything listens.
+    """
+    environ = configuration.environment()
+    level = environ.get(LOG_LEVEL, "info").lower()
+    if level not in log.LEVELS:
+        raise ConfigurationError(f"{level!r} is no log level", source=LOG_LEVEL, choices=log.LEVELS)
+    log.configure(level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        parts = running(config=config, state_dir=state_dir, environ=environ)
+        return runner.run(_serve(_listen(host, port), host, ready, parts))
+
+
+async def _serve(
+    listener: socket.socket,
+    host: str,
+    ready: Callable[[str], None],
+    parts: AbstractAsyncContextManager[tuple[Server, Any]],
+) -> int:
+    bound = listener.getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    with listener:
+        async with parts as (server, application):
+            http = _HttpServer(
+                uvicorn.Config(
+                    application,
+                    log_config=None,
+                    access_log=False,
+                    lifespan="off",
+                    server_header=False,
+                    timeout_graceful_shutdown=max(1, round(server.settings.server.shutdown_s)),
+                ),
+                on_ready=lambda: ready(f"http://{shown}:{bound}"),
+            )
+            async with _signals(server, http):
+                await http.serve(sockets=[listener])
+    events.info("server.stopped")
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as exc:
+        listener.close()
+        raise ConfigurationError(
+            f"cannot listen on {host}:{port}: {exc.strerror}", source="--host/--port"
+        ) from exc
+    return listener
+
+
+@asynccontextmanager
+async def _signals(server: Server, http: _HttpServer) -> AsyncIterator[None]:
+    """First signal: drain and stop. Second: stop at once. SIGHUP: reload."""
+    loop = asyncio.get_running_loop()
+    owned: set[asyncio.Task[None]] = set()
+
+    def own(work: Coroutine[Any, Any, None]) -> None:
+        task = loop.create_task(work)
+        owned.add(task)
+        task.add_done_callback(owned.discard)
+
+    async def stop() -> None:
+        # The engine first: it ends its readers, so that open event streams do not hold HTTP up.
+        await server.engine.aclose()
+        http.should_exit = True
+
+    def on_stop() -> None:
+        if server.engine.status().accepting:
+            events.info("server.stopping")
+            own(stop())
+        else:
+            events.warning("server.stopped_at_once")
+            os._exit(130)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, lambda: own(try_reload(server)))
+    try:
+        yield
+    finally:
+        for task in tuple(owned):
+            await task
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,494 @@
+"""The orchestration engine on a real file store: intake, the loop, cancel, feedback, restart, overload."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import uuid_utils
+
+from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome, RoleSpec
+from ai_agent_server.config import settings as configuration
+from ai_agent_server.core.chat import ChatDelta, ChatRequest, ChatUsage, RouteHints, message
+from ai_agent_server.core.orchestration_engine import OrchestrationEngine, Profile, Role
+from ai_agent_server.core.task_packet import (
+    Artifact,
+    FeedbackDraft,
+    LimitsDraft,
+    Progress,
+    StepFinished,
+    StepStarted,
+    TaskDraft,
+    TaskPacket,
+    TaskStatus,
+    TestReport,
+)
+from ai_agent_server.errors import (
+    EngineUnreachableError,
+    IdempotencyConflictError,
+    IntakeFullError,
+    InvalidOutputError,
+    InvalidPacketError,
+    InvalidTransitionError,
+    SandboxError,
+    ShuttingDownError,
+    TaskLiveError,
+    TaskNotFoundError,
+    UnknownRoleError,
+)
+from ai_agent_server.llm_engines.base import ModelCard
+from ai_agent_server.sandbox.base import SandboxProbe
+from ai_agent_server.tasks_state.base import TaskFilter
+from ai_agent_server.tasks_state.json_file_store import JsonFileStore
+
+WORKFLOW = configuration.load(None).profiles["developer"].workflow
+SCHEMA = configuration.load(None).profiles["developer"].payload_schema
+Script = Callable[[AgentContext], Awaitable[Outcome]]
+
+
+class Words:
+    """An LLM that answers at once, or not before `gate` opens; it knows whether it was cut off."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked: list[ChatRequest] = []
+        self.cut = 0
+        self.fault: Exception | None = None
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+        self.asked.append(request)
+        if self.fault is not None:
+            raise self.fault
+        try:
+            yield ChatDelta(text="he", llm="words", model="words", source="local")
+            await self.gate.wait()
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cut += 1
+            raise
+        yield ChatDelta(text="llo", finish_reason="stop", usage=ChatUsage(input_tokens=7, output_tokens=2))
+
+    async def models(self) -> tuple[ModelCard, ...]:
+        return ()
+
+    async def load(self) -> None: ...
+    async def unload(self) -> None: ...
+    async def aclose(self) -> None: ...
+
+
+class NoSandbox:
+    """Nothing here runs code."""
+
+    async def probe(self) -> SandboxProbe:
+        return SandboxProbe(tier="none", works=False)
+
+    async def run(self, *args: Any, **kwargs: Any) -> Any:
+        raise SandboxError("no tier works")
+
+
+class Scripted:
+    """An agent whose step is a function."""
+
+    def __init__(self, name: str, script: Script) -> None:
+        self.card = AgentCard(name=name, description="", outcomes=("done", "pass", "fail"))
+        self._script = script
+
+    async def run(self, context: AgentContext) -> Outcome:
+        return await self._script(context)
+
+
+async def talks(context: AgentContext) -> Outcome:
+    reply = await context.chat(ChatRequest(messages=(message("user", context.spec.role),)))
+    return Outcome(verdict="done", output={"text": reply.text})
+
+
+def codes(context: AgentContext) -> Artifact:
+    version = f"v{len(context.packet.history)}"
+    return Artifact(artifact_id=version, kind="code", content=version)
+
+
+async def writes(context: AgentContext) -> Outcome:
+    await context.chat(ChatRequest(messages=(message("user", context.spec.role),)))
+    return Outcome(verdict="done", artifact=codes(context))
+
+
+def judge(*verdicts: str) -> Script:
+    told = itertools.chain(verdicts, itertools.repeat(verdicts[-1]))
+
+    async def judges(context: AgentContext) -> Outcome:
+        verdict: Any = next(told)
+        report = TestReport(verdict=verdict, tier="bubblewrap", tests_passed=int(verdict == "pass"))
+        return Outcome(verdict=verdict, report=report)
+
+    return judges
+
+
+def profile(**scripts: Script | None) -> dict[str, Profile]:
+    chosen: dict[str, Script | None] = {
+        "planner": talks,
+        "fast-coder": writes,
+        "deep-coder": writes,
+        "debug": writes,
+        "qa": judge("fail", "pass"),
+    }
+    chosen |= {name.replace("_", "-"): script for name, script in scripts.items()}
+    roles = {
+        name: Role(
+            spec=RoleSpec(profile="developer", role=name),
+            agent=Scripted(name, script) if script else None,
+            payload_schema=SCHEMA,
+        )
+        for name, script in chosen.items()
+    }
+    return {"developer": Profile(roles=roles, workflow=WORKFLOW)}
+
+
+async def no_files(path: str) -> bytes:
+    raise InvalidPacketError(f"{path} is not allowed")
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+@asynccontextmanager
+async def running(
+    root: Path, words: Words, profiles: dict[str, Profile] | None = None, **options: Any
+) -> AsyncIterator[OrchestrationEngine]:
+    store = JsonFileStore(root)
+    await store.open()
+    engine = OrchestrationEngine(
+        profiles=profiles or profile(),
+        store=store,
+        llm=words,
+        sandbox=NoSandbox(),
+        clock=now,
+        new_id=lambda: str(uuid_utils.uuid7()),
+        monotonic=asyncio.get_running_loop().time,
+        read_file=no_files,
+        **({"shutdown_s": 2.0} | options),
+    )
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.aclose()
+        await store.aclose()
+
+
+def draft(**changes: Any) -> TaskDraft:
+    base = TaskDraft(payload={"task": "add two numbers"}, profile="developer", role="planner")
+    return msgspec.structs.replace(base, **changes)
+
+
+async def ended(engine: OrchestrationEngine, task_id: str) -> TaskPacket:
+    packet = await engine.wait(task_id, 20)
+    assert packet.status.is_final or packet.status is TaskStatus.INPUT_REQUIRED, packet.status
+    return packet
+
+
+@pytest.fixture
+def words() -> Words:
+    return Words()
+
+
+def roles_of(packet: TaskPacket) -> list[str]:
+    return [event.role for event in packet.history if isinstance(event, StepFinished)]
+
+
+async def test_the_main_job_runs_from_plan_to_a_passing_test(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        packet, created = await engine.submit(draft(), via="rest")
+        assert created
+        assert packet.status is TaskStatus.SUBMITTED
+        done = await ended(engine, packet.task_id)
+    assert done.status is TaskStatus.COMPLETED
+    assert roles_of(done) == ["planner", "fast-coder", "qa", "debug", "qa"]
+    assert done.usage.calls == 3
+    assert (done.usage.input_tokens, done.usage.output_tokens) == (21, 6)
+    assert done.usage.feedback_hops == 1
+    assert [event.seq for event in done.history] == list(range(1, done.revision + 1))
+    assert done.result is not None
+    assert done.result["verdict"] == "pass"
+
+
+async def test_every_hop_says_why_it_was_taken(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        done = await ended(engine, packet.task_id)
+    hops = [(e.role, e.hop.on) for e in done.history if isinstance(e, StepStarted)]
+    assert hops == [
+        ("planner", "entry"),
+        ("fast-coder", "planner.done"),
+        ("qa", "fast-coder.done"),
+        ("debug", "qa.fail"),
+        ("qa", "debug.done"),
+    ]
+
+
+async def test_a_reader_sees_every_event_once_and_in_order(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        words.gate.clear()
+        packet, _ = await engine.submit(draft(), via="rest")
+        seen: list[int] = []
+
+        async def read() -> None:
+            seen.extend(
+                [e.seq async for e in engine.follow(packet.task_id) if not isinstance(e, Progress)]
+            )
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0.1)
+        words.gate.set()
+        await asyncio.wait_for(reader, 20)
+        late = [e.seq async for e in engine.follow(packet.task_id, since=3) if not isinstance(e, Progress)]
+    assert seen == list(range(1, seen[-1] + 1))
+    assert late == seen[3:]
+
+
+async def test_cancel_cuts_the_llm_off_and_nothing_follows(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        words.gate.clear()
+        packet, _ = await engine.submit(draft(), via="rest")
+        while not words.asked:
+            await asyncio.sleep(0.01)
+        canceled = await engine.cancel(packet.task_id)
+        assert canceled.status is TaskStatus.CANCELED
+        assert words.cut == 1
+        words.gate.set()
+        await asyncio.sleep(0.1)
+        assert (await engine.read(packet.task_id)).revision == canceled.revision
+        with pytest.raises(InvalidTransitionError):
+            await engine.cancel(packet.task_id)
+        assert engine.status().live == 0
+
+
+async def test_a_live_task_cannot_be_deleted_and_an_ended_one_is_gone(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        words.gate.clear()
+        packet, _ = await engine.submit(draft(), via="rest")
+        with pytest.raises(TaskLiveError):
+            await engine.delete(packet.task_id)
+        await engine.cancel(packet.task_id)
+        await engine.delete(packet.task_id)
+        with pytest.raises(TaskNotFoundError):
+            await engine.read(packet.task_id)
+
+
+async def test_a_restart_takes_up_the_step_that_was_cut(tmp_path: Path, words: Words) -> None:
+    words.gate.clear()
+    async with running(tmp_path, words, shutdown_s=0.05) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        while not words.asked:
+            await asyncio.sleep(0.01)
+    words.gate.set()
+    async with running(tmp_path, words) as engine:
+        done = await ended(engine, packet.task_id)
+    assert done.status is TaskStatus.COMPLETED
+    assert done.generation == 2
+    assert roles_of(done) == ["planner", "fast-coder", "qa", "debug", "qa"]
+    assert sum(request.messages[0].text == "planner" for request in words.asked) == 2
+
+
+async def test_shutdown_lets_a_step_finish_inside_the_bound(tmp_path: Path, words: Words) -> None:
+    words.gate.clear()
+    async with running(tmp_path, words) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        while not words.asked:
+            await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_later(0.1, words.gate.set)
+        await engine.aclose()
+        kept = await engine.read(packet.task_id)
+        assert roles_of(kept) == ["planner"]
+        with pytest.raises(ShuttingDownError):
+            await engine.submit(draft(), via="rest")
+
+
+async def test_the_same_key_is_one_task_and_another_body_is_refused(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        first, created = await engine.submit(draft(), via="rest", idempotency_key="k")
+        again, created_again = await engine.submit(draft(), via="rest", idempotency_key="k")
+        assert (created, created_again, again.task_id) == (True, False, first.task_id)
+        with pytest.raises(IdempotencyConflictError):
+            await engine.submit(draft(payload={"task": "other"}), via="rest", idempotency_key="k")
+
+
+async def test_fifty_submissions_of_one_key_at_once_are_one_task(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        answers = await asyncio.gather(
+            *(engine.submit(draft(), via="rest", idempotency_key="k") for _ in range(50))
+        )
+        assert len({packet.task_id for packet, _ in answers}) == 1
+        assert sum(created for _, created in answers) == 1
+
+
+async def test_intake_is_bounded_also_when_many_come_at_once(tmp_path: Path, words: Words) -> None:
+    words.gate.clear()
+    async with running(tmp_path, words, max_live=3, shutdown_s=0.05) as engine:
+        answers = await asyncio.gather(
+            *(engine.submit(draft(), via="rest") for _ in range(10)), return_exceptions=True
+        )
+        refused = [answer for answer in answers if isinstance(answer, IntakeFullError)]
+        assert len(refused) == 7
+        assert 1 <= refused[0].retry_after_s <= 120
+        assert engine.status().live == 3
+        words.gate.set()
+        for answer in answers:
+            if isinstance(answer, tuple):
+                await ended(engine, answer[0].task_id)
+        assert (await engine.submit(draft(), via="rest"))[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "pointer"),
+    [
+        ({"payload": {}}, "/payload/task"),
+        ({"payload": {"task": 3}}, "/payload/task"),
+        ({"payload": {"task": "x", "color": "red"}}, "/payload/color"),
+        ({"payload": {"task": "x", "examples": ["a", 1]}}, "/payload/examples/1"),
+        ({"task_id": "../../etc/passwd"}, "/task_id"),
+        ({"task_id": "0197A000-0000-7000-8000-000000000001"}, "/task_id"),
+        ({"context_id": "c1"}, "/context_id"),
+    ],
+)
+async def test_a_wrong_packet_says_where_it_is_wrong(
+    tmp_path: Path, words: Words, changes: dict[str, Any], pointer: str
+) -> None:
+    async with running(tmp_path, words) as engine:
+        with pytest.raises(InvalidPacketError) as caught:
+            await engine.submit(draft(**changes), via="rest")
+        assert caught.value.pointer == pointer
+        assert caught.value.expected
+        assert (await engine.list(TaskFilter(), limit=10)).items == ()
+
+
+async def test_an_unknown_role_names_the_roles_there_are(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        with pytest.raises(UnknownRoleError) as caught:
+            await engine.submit(draft(role="poet"), via="rest")
+        assert "planner" in caught.value.choices
+        with pytest.raises(UnknownRoleError):
+            await engine.submit(draft(profile="nobody"), via="rest")
+
+
+async def test_an_outside_qa_gives_its_verdict_by_feedback(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words, profile(qa=None)) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        waiting = await ended(engine, packet.task_id)
+        assert waiting.status is TaskStatus.INPUT_REQUIRED
+        with pytest.raises(InvalidPacketError):
+            await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="maybe"), via="nats")
+        await engine.feedback(
+            packet.task_id,
+            FeedbackDraft(role="qa", outcome="fail", why="adds badly", failing=("assert add(1,1)==2",)),
+            via="nats",
+        )
+        for _ in range(200):
+            waiting = await engine.read(packet.task_id)
+            if "debug" in roles_of(waiting) and waiting.status is TaskStatus.INPUT_REQUIRED:
+                break
+            await asyncio.sleep(0.02)
+        await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="pass"), via="nats")
+        done = await ended(engine, packet.task_id)
+        with pytest.raises(InvalidTransitionError):
+            await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="pass"), via="nats")
+    assert done.status is TaskStatus.COMPLETED
+    assert roles_of(done) == ["planner", "fast-coder", "debug"]
+
+
+async def test_waiting_for_an_outside_agent_survives_a_restart(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words, profile(qa=None)) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        await ended(engine, packet.task_id)
+    async with running(tmp_path, words, profile(qa=None)) as engine:
+        assert (await engine.read(packet.task_id)).status is TaskStatus.INPUT_REQUIRED
+        await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="pass"), via="rest")
+        for _ in range(200):
+            done = await engine.read(packet.task_id)
+            if done.status.is_final:
+                break
+            await asyncio.sleep(0.02)
+    assert done.status is TaskStatus.COMPLETED
+
+
+async def test_feedback_while_a_step_runs_is_not_lost(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        words.gate.clear()
+        packet, _ = await engine.submit(draft(), via="rest")
+        while not words.asked:
+            await asyncio.sleep(0.01)
+        await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="pass"), via="rest")
+        words.gate.set()
+        done = await ended(engine, packet.task_id)
+    assert done.status is TaskStatus.COMPLETED
+    assert roles_of(done) == ["planner"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (EngineUnreachableError("refused"), "llm_unavailable"),
+        (InvalidOutputError("no code in it"), "invalid_output"),
+        (SandboxError("no tier"), "sandbox_unavailable"),
+        (ZeroDivisionError("a fault of the agent"), "internal"),
+    ],
+)
+async def test_a_step_that_breaks_ends_the_task_with_a_reason(
+    tmp_path: Path, words: Words, fault: Exception, reason: str
+) -> None:
+    async def breaks(_context: AgentContext) -> Outcome:
+        raise fault
+
+    async with running(tmp_path, words, profile(qa=breaks)) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        done = await ended(engine, packet.task_id)
+        other, _ = await engine.submit(draft(role="planner", scope="role"), via="rest")
+        assert (await ended(engine, other.task_id)).status is TaskStatus.COMPLETED
+    assert (done.status, done.reason) == (TaskStatus.FAILED, reason)
+    assert done.error is not None
+    assert done.result is not None
+    assert done.result["artifact"]["content"]
+
+
+async def test_call_and_token_limits_end_the_task_before_the_next_call(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words, profile(qa=judge("fail"))) as engine:
+        packet, _ = await engine.submit(draft(limits=LimitsDraft(calls=2)), via="rest")
+        by_calls = await ended(engine, packet.task_id)
+        packet, _ = await engine.submit(draft(limits=LimitsDraft(tokens=12)), via="rest")
+        by_tokens = await ended(engine, packet.task_id)
+    assert (by_calls.reason, by_calls.usage.calls) == ("budget_calls", 2)
+    assert by_tokens.reason == "budget_tokens"
+    assert by_calls.limits.tokens == 60_000
+
+
+async def test_the_time_limit_cuts_a_call_off(tmp_path: Path, words: Words) -> None:
+    words.gate.clear()
+    async with running(tmp_path, words) as engine:
+        packet, _ = await engine.submit(draft(limits=LimitsDraft(wall_s=0.2)), via="rest")
+        done = await ended(engine, packet.task_id)
+    assert done.reason == "budget_wall"
+    assert words.cut == 1
+
+
+async def test_privacy_of_the_packet_reaches_the_llm(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        packet, _ = await engine.submit(draft(privacy="local"), via="rest")
+        await ended(engine, packet.task_id)
+    assert {request.route.privacy for request in words.asked} == {"local"}
+
+
+async def test_a_role_keeps_its_privacy_whatever_the_packet_says(tmp_path: Path, words: Words) -> None:
+    profiles = profile()
+    roles = dict(profiles["developer"].roles)
+    roles["planner"] = msgspec.structs.replace(roles["planner"], hints=RouteHints(privacy="local"))
+    profiles = {"developer": msgspec.structs.replace(profiles["developer"], roles=roles)}
+    async with running(tmp_path, words, profiles) as engine:
+        packet, _ = await engine.submit(draft(privacy="any"), via="rest")
+        done = await ended(engine, packet.task_id)
+    assert done.privacy == "local"
+    assert {request.route.privacy for request in words.asked} == {"local"}
