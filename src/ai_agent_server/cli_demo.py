@@ -1,0 +1,165 @@
+"""`demo`: a real task on a server of its own, shown step by step."""
+
+import asyncio
+import contextlib
+import re
+import shlex
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter
+from rich.console import Console
+from rich.padding import Padding
+from rich.syntax import Syntax
+from rich.text import Text
+
+from ai_agent_server import cli_view
+from ai_agent_server.cli import Exit
+from ai_agent_server.cli_options import AsJSON, console, print_json
+from ai_agent_server.cli_tasks import follow
+from ai_agent_server.client import Client, Fetched
+from ai_agent_server.config.settings import environment
+from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.task_packet import TaskDraft
+from ai_agent_server.errors import AgentServerError
+
+__all__ = ("PROFILE", "ROLE", "demo")
+
+PROFILE, ROLE = "developer", "planner"
+PAYLOAD: JSONObject = {
+    "task": "Write a Python function add(a, b) that returns the sum of two numbers.",
+    "entry_point": "add",
+    "examples": ["assert add(2, 3) == 5", "assert add(-1, 1) == 0", "assert add(0, 0) == 0"],
+}
+READY = re.compile(r"ready at (http://\S+)")
+READY_S = 60.0
+STOP_S = 30.0
+LOG_NAME = "server.log"
+
+
+class _ServerFailedError(AgentServerError):
+    """The demo's server did not start."""
+
+
+def demo(
+    *,
+    config: Path | None = None,
+    state_dir: Annotated[Path, Parameter(help="Where the demo keeps its tasks and its log.")] = Path(
+        "state/demo"
+    ),
+    as_json: AsJSON = False,
+) -> int:
+    """Solve a real task on a server of its own, and show how.
+
+    The server is a child process with its own state folder and a free port; it is stopped at the
+    end. Exit code 0 when the loop ended by itself, solved or not: the model is tiny.
+
+    Parameters
+    ----------
+    config
+        A configuration.json; by default the packaged one with its embedded model.
+    """
+    out = console()
+    if not as_json:
+        _introduce(out)
+    fetched = asyncio.run(_play(None if as_json else out, config, state_dir))
+    if as_json:
+        print_json({"file": fetched.file, "packet": fetched.packet})
+    else:
+        _conclude(out, fetched, state_dir)
+    return Exit.OK if fetched.packet.status.is_final else Exit.FAILED
+
+
+async def _play(out: Console | None, config: Path | None, state_dir: Path) -> Fetched:
+    async with _server(config, state_dir) as url, Client(url) as client:
+        if out is not None:
+            out.print(f"server {url}  log {state_dir / LOG_NAME}", soft_wrap=True)
+        sent = await client.submit(
+            PROFILE, ROLE, TaskDraft(payload=PAYLOAD), idempotency_key=str(uuid.uuid4())
+        )
+        return await follow(client, sent.packet.task_id, out, until_asked=True)
+
+
+@contextlib.asynccontextmanager
+async def _server(config: Path | None, state_dir: Path) -> AsyncIterator[str]:
+    """A server as a child process, its URL; stopped by SIGTERM, by its id, and waited for."""
+    await asyncio.to_thread(state_dir.mkdir, parents=True, exist_ok=True)
+    log = state_dir / LOG_NAME
+    arguments = ["serve", "--host", "127.0.0.1", "--port", "0", "--state-dir", str(state_dir)]
+    if config is not None:
+        arguments += ["--config", str(config)]
+    # The demo is the same whatever a .env or the shell says for the person's own server.
+    kept = {name: value for name, value in environment().items() if not name.startswith("AI_AGENT_SERVER_")}
+    with log.open("wb") as errors:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "ai_agent_server", *arguments,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=errors, env=kept,
+        )  # fmt: skip
+    try:
+        yield await _ready(child, log)
+    finally:
+        await _stop(child)
+
+
+async def _ready(child: asyncio.subprocess.Process, log: Path) -> str:
+    assert child.stdout is not None
+    try:
+        async with asyncio.timeout(READY_S):
+            line = (await child.stdout.readline()).decode(errors="replace")
+    except TimeoutError as exc:
+        raise _ServerFailedError(f"the server was not ready within {READY_S:.0f} s; see {log}") from exc
+    found = READY.search(line)
+    if found is None:
+        said = (await asyncio.to_thread(log.read_text, "utf-8", "replace")).strip().splitlines()[-3:]
+        raise _ServerFailedError(f"the server did not start; {log} ends with:\n" + "\n".join(said))
+    return found[1]
+
+
+async def _stop(child: asyncio.subprocess.Process) -> None:
+    if child.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        child.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(STOP_S):
+            await child.communicate()
+    except TimeoutError:
+        child.kill()
+        await child.communicate()
+
+
+def _introduce(out: Console) -> None:
+    pretty = msgspec.json.format(msgspec.json.encode({"payload": PAYLOAD}), indent=2).decode()
+    out.print(f"POST /api/v1/{PROFILE}/{ROLE}")
+    out.print(Padding(Syntax(pretty, "json", theme="ansi_dark", background_color="default"), (0, 0, 1, 2)))
+
+
+def _conclude(out: Console, fetched: Fetched, state_dir: Path) -> None:
+    out.print(cli_view.result(fetched), soft_wrap=True)
+    out.print()
+    if fetched.packet.status != "completed":
+        out.print(
+            "The loop ended by itself without a solution: the embedded model has 135 million parameters. "
+            "This is the best it made.",
+            style="yellow",
+            soft_wrap=True,
+        )
+    state = shlex.quote(str(state_dir))
+    out.print("Try next")
+    for step, what in (
+        (f"less {shlex.quote(fetched.file)}", "every prompt's decision, token and verdict")
+        if fetched.file
+        else ("", ""),
+        (f".venv/bin/ai-agent-server serve --state-dir {state}", "the same server, on port 3160"),
+        ('.venv/bin/ai-agent-server run "..." -e "assert f(1) == 2"', "your own task, in another terminal"),
+        (".venv/bin/ai-agent-server init", "use the models that this machine has"),
+    ):
+        if step:
+            line = Text(f"  {step}")
+            line.append(f"   {what}", style="dim")
+            out.print(line, soft_wrap=True)
