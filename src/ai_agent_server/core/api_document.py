@@ -1,0 +1,344 @@
+"""The table of operations told as OpenAPI 3.1, as JSON Schema, and as a page for people."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import msgspec
+
+from ai_agent_server.config.settings import NAME_PATTERN, SCHEMA_ID
+from ai_agent_server.core.api_operations import (
+    ADDRESS,
+    TAGS,
+    TASK_ID,
+    Answer,
+    Operation,
+    operations,
+    problem_examples,
+    problem_kinds,
+)
+from ai_agent_server.core.api_schemas import (
+    JSON,
+    PROBLEM_JSON,
+    Problem,
+    ProblemKind,
+)
+from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.task_packet import (
+    FeedbackDraft,
+    Progress,
+    TaskDraft,
+    TaskPacket,
+)
+
+_REF = "#/components/schemas/{name}"
+
+
+def document(version: str) -> JSONObject:
+    """The OpenAPI 3.1 document."""
+    paths: dict[str, JSONObject] = {}
+    for operation in operations():
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "AI-Agent-Server",
+            "version": version,
+            "summary": "Takes task packets, runs agents on local and remote LLMs, and tells what happened.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name, "description": about} for name, about in TAGS.items()],
+        # A key is asked for only where the server was started with one.
+        "security": [{}, {"bearer": []}, {"apiKey": []}],
+        "paths": paths,
+        "components": {
+            "schemas": _components(),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+def task_packet_schema() -> JSONObject:
+    """The JSON Schema (2020-12) of a task packet; `$defs` holds what a caller may send too."""
+    (_, *_), definitions = msgspec.json.schema_components(
+        [TaskPacket, TaskDraft, FeedbackDraft, Progress], ref_template="#/$defs/{name}"
+    )
+    return {
+        "$schema": SCHEMA_ID,
+        "title": "Task packet of AI-Agent-Server",
+        "$ref": "#/$defs/TaskPacket",
+        "$defs": _tidied(definitions),
+    }
+
+
+def curl(path: str, method: str, body_example: Any) -> str:
+    """A command that makes the call."""
+    address = ADDRESS + (
+        path.replace("{profile}", "developer")
+        .replace("{role}", "planner")
+        .replace("{task_id}", TASK_ID)
+        .replace("{name}", "embedded")
+    )
+    words = ["curl", *(["-N"] if path.endswith("/events") else []), address]
+    if method != "get":
+        words[1:1] = ["-X", method.upper()]
+    command = " ".join(words)
+    if body_example is None:
+        return command
+    body = json.dumps(body_example, indent=2).replace("'", "'\\''")
+    return f"{command} \\\n  -H 'Content-Type: {JSON}' \\\n  -d '{body}'"
+
+
+def _operation(operation: Operation) -> JSONObject:
+    described: JSONObject = {
+        "operationId": operation.id,
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "parameters": [
+            *_path_parameters(operation.path),
+            *(_query_parameters(operation.query) if operation.query is not None else ()),
+            *(
+                {
+                    "name": header.name,
+                    "in": "header",
+                    "required": False,
+                    "description": header.about,
+                    "schema": header.schema,
+                    "example": header.example,
+                }
+                for header in operation.headers
+            ),
+        ],
+        "responses": {str(answer.status): _answer(answer) for answer in operation.answers},
+    }
+    if operation.about:
+        described["description"] = operation.about
+    if operation.is_public:
+        described["security"] = []
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {JSON: {"schema": _ref(operation.body), "example": operation.body_example}},
+        }
+    examples = problem_examples()
+    for status, kinds in problem_kinds(operation).items():
+        described["responses"].setdefault(
+            str(status),
+            {
+                "description": "; ".join(kind.title for kind in kinds) + ".",
+                "content": {
+                    PROBLEM_JSON: {
+                        "schema": _ref(Problem),
+                        "examples": {
+                            kind.slug: {
+                                "summary": kind.title,
+                                "value": msgspec.to_builtins(examples[kind.slug]),
+                            }
+                            for kind in kinds
+                        },
+                    }
+                },
+                **(_retry_after(kinds, examples)),
+            },
+        )
+    _add_problem_beside(described, operation)
+    return described
+
+
+def _add_problem_beside(described: JSONObject, operation: Operation) -> None:
+    """A status that is both an answer and a problem (health's 503) tells both bodies."""
+    for answer in operation.answers:
+        for kind in problem_kinds(operation).get(answer.status, ()):
+            described["responses"][str(answer.status)]["content"].setdefault(
+                PROBLEM_JSON,
+                {"schema": _ref(Problem), "example": msgspec.to_builtins(problem_examples()[kind.slug])},
+            )
+
+
+def _retry_after(kinds: list[ProblemKind], examples: Mapping[str, Problem]) -> JSONObject:
+    if not any(examples[kind.slug].retry_after_s is not None for kind in kinds):
+        return {}
+    return {
+        "headers": {
+            "Retry-After": {
+                "description": "Seconds after which a repeat may be taken.",
+                "schema": {"type": "integer", "minimum": 1},
+            }
+        }
+    }
+
+
+def _answer(answer: Answer) -> JSONObject:
+    described: JSONObject = {"description": answer.about}
+    if answer.headers:
+        described["headers"] = {
+            header.name: {
+                "description": header.about,
+                "required": header.required,
+                "schema": header.schema,
+                "example": header.example,
+            }
+            for header in answer.headers
+        }
+    if answer.kind is None and answer.media_type == JSON:
+        return described
+    content: JSONObject = {"schema": {"type": "string"} if answer.kind is None else _ref(answer.kind)}
+    if answer.example is not None:
+        content["example"] = msgspec.to_builtins(answer.example)
+    described["content"] = {answer.media_type: content}
+    return described
+
+
+def _ref(kind: type[Any]) -> JSONObject:
+    return {"type": "object"} if kind is dict else {"$ref": _REF.format(name=kind.__name__)}
+
+
+def _components() -> JSONObject:
+    kinds = {Problem: None, Progress: None}
+    for operation in operations():
+        for kind in (operation.body, *(answer.kind for answer in operation.answers)):
+            if kind is not None and kind is not dict:
+                kinds[kind] = None
+    _, components = msgspec.json.schema_components(list(kinds), ref_template=_REF)
+    return _tidied(components)
+
+
+def _tidied(components: Mapping[str, Any]) -> JSONObject:
+    """msgspec's schemas with what it cannot know: whole docstrings, and that times are times."""
+    tidied: JSONObject = {}
+    for name, schema in sorted(components.items()):
+        if "description" in schema:
+            schema["description"] = inspect.cleandoc(schema["description"])
+        for field, prop in schema.get("properties", {}).items():
+            if field in {"at", "since"} or field.endswith("_at"):
+                for branch in (prop, *prop.get("anyOf", ())):
+                    if branch.get("type") == "string":
+                        branch["format"] = "date-time"
+        tidied[name] = schema
+    return tidied
+
+
+def _path_parameters(path: str) -> list[JSONObject]:
+    name_schema = {"type": "string", "pattern": NAME_PATTERN}
+    known: dict[str, tuple[str, JSONObject, str]] = {
+        "profile": ("A profile's name.", name_schema, "developer"),
+        "role": ("A role's name in the profile.", name_schema, "planner"),
+        "name": ("An LLM's name.", name_schema, "embedded"),
+        "task_id": ("The task's id.", {"type": "string", "format": "uuid"}, TASK_ID),
+    }
+    return [
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "description": about,
+            "schema": schema,
+            "example": example,
+        }
+        for name, (about, schema, example) in known.items()
+        if f"{{{name}}}" in path
+    ]
+
+
+def _query_parameters(kind: type[Any]) -> list[JSONObject]:
+    (_,), components = msgspec.json.schema_components([kind], ref_template=_REF)
+    parameters = []
+    for name, prop in components[kind.__name__].get("properties", {}).items():
+        default = prop.pop("default", None)
+        # A parameter that is left out is null to us; nobody can send null in a query.
+        schema = next((branch for branch in prop.get("anyOf", ()) if branch.get("type") != "null"), prop)
+        about = schema.pop("description", prop.get("description", ""))
+        if default is not None:
+            schema["default"] = default
+        parameters.append(
+            {"name": name, "in": "query", "required": False, "description": about, "schema": schema}
+        )
+    return parameters
+
+
+def page(described: JSONObject) -> str:
+    """`described` for people: one page that loads nothing from anywhere."""
+    sections = "".join(
+        f"<h2>{escape(tag['name'].capitalize())}</h2><p>{escape(tag['description'])}</p>"
+        + "".join(
+            _page_operation(path, method, operation)
+            for path, methods in described["paths"].items()
+            for method, operation in methods.items()
+            if tag["name"] in operation["tags"]
+        )
+        for tag in described["tags"]
+    )
+    problems = "".join(
+        f"<h3 id='{escape(slug)}'>{example.status} {escape(example.title)}</h3>{_page_json(example)}"
+        for slug, example in problem_examples().items()
+    )
+    schemas = "".join(
+        f"<details id='schema-{escape(name)}'><summary><code>{escape(name)}</code></summary>"
+        f"{_page_json(schema)}</details>"
+        for name, schema in described["components"]["schemas"].items()
+    )
+    info = described["info"]
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{escape(info['title'])}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{escape(info['title'])} <small>{escape(info['version'])}</small></h1>"
+        f"<p>{escape(info['summary'])} <a href='/api/v1/openapi.json'>OpenAPI 3.1</a></p>"
+        f"{sections}<h2>Problems</h2><p>Every error is a problem detail (RFC 9457).</p>{problems}"
+        f"<h2>Schemas</h2>{schemas}</body></html>"
+    )
+
+
+_STYLE = (
+    ":root{color-scheme:light dark}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "pre{overflow:auto;padding:.75rem;background:#8882;border-radius:.4rem;font-size:.85rem}"
+    "table{border-collapse:collapse}td,th{text-align:left;padding:.2rem 1rem .2rem 0;vertical-align:top}"
+    "h3{margin-top:2rem}small{opacity:.6}summary{cursor:pointer}"
+)
+
+
+def _page_operation(path: str, method: str, operation: JSONObject) -> str:
+    body = operation.get("requestBody", {}).get("content", {}).get(JSON, {})
+    parameters = "".join(
+        f"<tr><td><code>{escape(parameter['name'])}</code></td><td>{escape(parameter['in'])}</td>"
+        f"<td>{escape(parameter['description'])}</td></tr>"
+        for parameter in operation["parameters"]
+    )
+    responses = "".join(
+        f"<details><summary>{escape(status)} {escape(response['description'])}</summary>"
+        f"{_page_example(response)}</details>"
+        for status, response in sorted(operation["responses"].items())
+    )
+    return (
+        f"<h3 id='{escape(operation['operationId'])}'><code>{method.upper()} {escape(path)}</code> "
+        f"<small>{escape(operation['summary'])}</small></h3>"
+        f"<p>{escape(operation.get('description', ''))}</p>"
+        + (f"<table>{parameters}</table>" if parameters else "")
+        + f"<pre>{escape(curl(path, method, body.get('example')))}</pre>{responses}"
+    )
+
+
+def _page_example(response: JSONObject) -> str:
+    shown = []
+    for content in response.get("content", {}).values():
+        if "$ref" in content["schema"]:
+            name = content["schema"]["$ref"].rpartition("/")[2]
+            shown.append(f"<p>Schema: <a href='#schema-{escape(name)}'>{escape(name)}</a></p>")
+        if "example" in content:
+            shown.append(_page_json(content["example"]))
+        for slug, example in content.get("examples", {}).items():
+            shown.append(f"<p><a href='#{escape(slug)}'>{escape(example['summary'])}</a></p>")
+    return "".join(shown)
+
+
+def _page_json(value: object) -> str:
+    if isinstance(value, str):
+        return f"<pre>{escape(value)}</pre>"
+    return f"<pre>{escape(json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False))}</pre>"

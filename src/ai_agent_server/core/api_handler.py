@@ -1,0 +1,596 @@
+"""The REST API: routes, authentication, problem details, event streams. It decides nothing about tasks."""
+
+import asyncio
+import hmac
+import math
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+import structlog
+from litestar import Litestar, Request, Response, delete, get, patch, post
+from litestar.connection import ASGIConnection
+from litestar.enums import MediaType
+from litestar.exceptions import (
+    HTTPException,
+    NotAuthorizedException,
+)
+from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
+from litestar.params import FromPath
+from litestar.response.base import ASGIResponse
+from litestar.types import Receive, Send
+
+from ai_agent_server.config.settings import Settings, json_schema
+from ai_agent_server.core import api_document
+from ai_agent_server.core.api_schemas import (
+    INTERNAL,
+    JSON,
+    MAX_WAIT_S,
+    PROBLEM_JSON,
+    REFUSALS,
+    BadParameterError,
+    EventsQuery,
+    ExplainDraft,
+    ListQuery,
+    LLMCard,
+    LLMList,
+    NoQuery,
+    Problem,
+    ProfileCard,
+    ProfileList,
+    RoleCard,
+    SubmitQuery,
+    ToggleDraft,
+    problem,
+    refusal,
+)
+from ai_agent_server.core.metrics import PROMETHEUS_TEXT, Metrics
+from ai_agent_server.core.packet_json import decode, decode_query
+from ai_agent_server.core.ports import Balancer, HealthReport, Orchestration, ReloadReport
+from ai_agent_server.core.task_packet import (
+    AnyTaskEvent,
+    Canceled,
+    Completed,
+    Failed,
+    FeedbackDraft,
+    Progress,
+    Rejected,
+    TaskDraft,
+    TaskPacket,
+)
+from ai_agent_server.errors import AgentServerError, InvalidPacketError, TaskNotFoundError, UnknownLLMError
+from ai_agent_server.load_balancer.base import LLMView
+from ai_agent_server.tasks_state.base import TaskFilter
+
+log = structlog.get_logger(__name__)
+
+KEEP_ALIVE_S = 15.0
+WRITE_TIMEOUT_S = 30.0
+
+AnyRequest: TypeAlias = Request[Any, Any, Any]
+T = TypeVar("T")
+
+_TASK_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(;.*)?", re.IGNORECASE)
+_FINAL = (Completed, Failed, Canceled, Rejected)
+_NO_STORE = {"Cache-Control": "no-store"}
+
+
+def create_app(
+    *,
+    engine: Orchestration,
+    balancer: Balancer,
+    settings: Callable[[], Settings],
+    health: Callable[[], Awaitable[HealthReport]],
+    metrics: Metrics,
+    reload: Callable[[], Awaitable[ReloadReport]],
+    task_file: Callable[[str], str],
+    version: str,
+    api_key: str | None = None,
+    keep_alive_s: float = KEEP_ALIVE_S,
+    write_timeout_s: float = WRITE_TIMEOUT_S,
+) -> Litestar:
+    """The ASGI application.
+
+    `settings` answers the configuration in force, `task_file` where a person finds a task's state.
+    With an `api_key` every route but health asks for it. `reload` raises `ConfigurationError` and
+    then has changed nothing.
+    """
+    tasks = TaskRoutes(
+        engine=engine,
+        settings=settings,
+        task_file=task_file,
+        keep_alive_s=keep_alive_s,
+        write_timeout_s=write_timeout_s,
+    )
+    server = ServerRoutes(
+        balancer=balancer, settings=settings, health=health, metrics=metrics, reload=reload, version=version
+    )
+    return Litestar(
+        route_handlers=[*tasks.handlers(), *server.handlers()],
+        guards=[] if api_key is None else [_key_guard(api_key)],
+        exception_handlers={
+            AgentServerError: _on_our_error,
+            HTTPException: _on_refusal,
+            Exception: _on_failure,
+        },
+        # Bodies are bounded by the configuration in force, in `_read_body`.
+        request_max_body_size=None,
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+class TaskRoutes:
+    """Everything below /api/v1/tasks, and the intake."""
+
+    def __init__(
+        self,
+        *,
+        engine: Orchestration,
+        settings: Callable[[], Settings],
+        task_file: Callable[[str], str],
+        keep_alive_s: float,
+        write_timeout_s: float,
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._task_file = task_file
+        self._keep_alive_s = keep_alive_s
+        self._write_timeout_s = write_timeout_s
+
+    def handlers(self) -> list[HTTPRouteHandler]:
+        """The routes."""
+        return [
+            post("/api/v1/{profile:str}/{role:str}")(self.submit),
+            get("/api/v1/tasks")(self.list),
+            get("/api/v1/tasks/{task_id:str}")(self.read),
+            delete("/api/v1/tasks/{task_id:str}", status_code=204)(self.delete),
+            post("/api/v1/tasks/{task_id:str}/cancel")(self.cancel),
+            post("/api/v1/tasks/{task_id:str}/feedback")(self.feedback),
+            get("/api/v1/tasks/{task_id:str}/events")(self.events),
+        ]
+
+    async def submit(
+        self, request: AnyRequest, profile: FromPath[str], role: FromPath[str]
+    ) -> Response[bytes]:
+        """Take a task; 202 when its file is safe, 200 when it ended in time or came before."""
+        query = _query(request, SubmitQuery)
+        key = _idempotency_key(request)
+        draft = decode(await self._body(request), TaskDraft)
+        _same("profile", draft.profile, profile)
+        _same("role", draft.role, role)
+        draft = msgspec.structs.replace(draft, profile=profile, role=role)
+        packet, is_new = await self._engine.submit(draft, via="rest", idempotency_key=key)
+
+        preferred = _preferred_wait_s(request)
+        wait_s = query.wait if query.wait is not None else preferred
+        if wait_s:
+            packet = await self._engine.wait(packet.task_id, wait_s)
+        headers = {
+            "Location": f"/api/v1/tasks/{packet.task_id}",
+            "X-Task-File": _header_text(self._task_file(packet.task_id)),
+        }
+        if preferred is not None and query.wait is None:
+            headers["Preference-Applied"] = f"wait={preferred:.0f}"
+        done = packet.status.is_final or not is_new
+        return _json(packet, status=200 if done else 202, headers=headers)
+
+    async def list(self, request: AnyRequest) -> Response[bytes]:
+        """A page of tasks, newest first."""
+        query = _query(request, ListQuery)
+        where = TaskFilter(
+            profile=query.profile, role=query.role, status=query.status, context_id=query.context_id
+        )
+        try:
+            page = await self._engine.list(where, limit=query.limit, cursor=query.cursor)
+        except InvalidPacketError as exc:
+            raise BadParameterError(exc.problem, pointer="cursor", expected=exc.expected) from exc
+        return _json(page)
+
+    async def read(self, request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
+        """One task, whole."""
+        _query(request, NoQuery)
+        packet = await self._engine.read(_checked_id(task_id))
+        return _json(packet, headers={"X-Task-File": _header_text(self._task_file(packet.task_id))})
+
+    async def delete(self, request: AnyRequest, task_id: FromPath[str]) -> None:
+        """Remove an ended task."""
+        _query(request, NoQuery)
+        await self._engine.delete(_checked_id(task_id))
+
+    async def cancel(self, request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
+        """End a task now."""
+        _query(request, NoQuery)
+        return _json(await self._engine.cancel(_checked_id(task_id)), status=200)
+
+    async def feedback(self, request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
+        """Take an outside agent's report."""
+        _query(request, NoQuery)
+        checked = _checked_id(task_id)
+        draft = decode(await self._body(request), FeedbackDraft)
+        _same("task_id", draft.task_id, checked)
+        return _json(await self._engine.feedback(checked, draft, via="rest"), status=202)
+
+    async def events(self, request: AnyRequest, task_id: FromPath[str]) -> ASGIResponse:
+        """The task's events as they happen."""
+        query = _query(request, EventsQuery)
+        since = _last_event_id(request)
+        packet = await self._engine.read(_checked_id(task_id))
+        followed = self._engine.follow(packet.task_id, since=(query.since or 0) if since is None else since)
+        return EventStream(
+            _frames(packet, followed, keep_alive_s=self._keep_alive_s),
+            task_id=packet.task_id,
+            write_timeout_s=self._write_timeout_s,
+        )
+
+    async def _body(self, request: AnyRequest) -> bytes:
+        return await _read_body(request, int(self._settings().server.max_body_mb * 1024 * 1024))
+
+
+class ServerRoutes:
+    """The server itself: profiles, LLMs, configuration, metrics, health, docs."""
+
+    def __init__(
+        self,
+        *,
+        balancer: Balancer,
+        settings: Callable[[], Settings],
+        health: Callable[[], Awaitable[HealthReport]],
+        metrics: Metrics,
+        reload: Callable[[], Awaitable[ReloadReport]],
+        version: str,
+    ) -> None:
+        self._balancer = balancer
+        self._settings = settings
+        self._health = health
+        self._metrics = metrics
+        self._reload = reload
+        self._document = api_document.document(version)
+
+    def handlers(self) -> list[HTTPRouteHandler]:
+        """The routes."""
+        return [
+            get("/api/v1/profiles")(self.profiles),
+            get("/api/v1/llms")(self.llms),
+            patch("/api/v1/llms/{name:str}")(self.set_toggle),
+            post("/api/v1/load-balancer/explain")(self.explain),
+            post("/api/v1/config/reload")(self.reload),
+            get("/api/v1/metrics")(self.metrics),
+            get("/metrics")(self.prometheus),
+            get(["/health", "/api/v1/health"], opt={"public": True})(self.health),
+            get("/api/v1/schema/task-packet")(self.task_packet_schema),
+            get("/api/v1/schema/configuration")(self.configuration_schema),
+            get("/api/v1/openapi.json")(self.openapi),
+            get("/api/v1/docs")(self.docs),
+        ]
+
+    async def profiles(self, request: AnyRequest) -> Response[bytes]:
+        """Every profile and its roles."""
+        _query(request, NoQuery)
+        return _json(ProfileList(items=_profile_cards(self._settings())))
+
+    async def llms(self, request: AnyRequest) -> Response[bytes]:
+        """Every configured LLM."""
+        _query(request, NoQuery)
+        return _json(LLMList(items=self._cards()))
+
+    async def set_toggle(self, request: AnyRequest, name: FromPath[str]) -> Response[bytes]:
+        """Switch an LLM on or off."""
+        _query(request, NoQuery)
+        draft = decode(await self._body(request), ToggleDraft)
+        await self._balancer.set_toggle(name, draft.toggle)
+        cards = self._cards()
+        for card in cards:
+            if card.name == name:
+                return _json(card)
+        raise UnknownLLMError(name, tuple(card.name for card in cards))
+
+    async def explain(self, request: AnyRequest) -> Response[bytes]:
+        """Which LLM would serve, and why."""
+        _query(request, NoQuery)
+        draft = decode(await self._body(request), ExplainDraft)
+        return _json(self._balancer.explain(draft.requirements()), status=200)
+
+    async def reload(self, request: AnyRequest) -> Response[bytes]:
+        """Read the configuration again."""
+        _query(request, NoQuery)
+        return _json(await self._reload(), status=200)
+
+    async def metrics(self, request: AnyRequest) -> Response[bytes]:
+        """The metrics as JSON."""
+        _query(request, NoQuery)
+        return Response(self._metrics.encode(), media_type=JSON, headers=_NO_STORE)
+
+    async def prometheus(self) -> Response[bytes]:
+        """The same metrics for Prometheus."""
+        return Response(self._metrics.prometheus(), media_type=PROMETHEUS_TEXT, headers=_NO_STORE)
+
+    async def health(self) -> Response[bytes]:
+        """Whether the server can work."""
+        report = await self._health()
+        return _json(report, status=503 if report.status == "down" else 200, headers=_NO_STORE)
+
+    async def task_packet_schema(self) -> Response[bytes]:
+        """The JSON Schema of the task packet."""
+        return Response(msgspec.json.encode(api_document.task_packet_schema()), media_type=JSON)
+
+    async def configuration_schema(self) -> Response[bytes]:
+        """The JSON Schema of configuration.json."""
+        return Response(msgspec.json.encode(json_schema()), media_type=JSON)
+
+    async def openapi(self) -> Response[bytes]:
+        """This API, described."""
+        return Response(msgspec.json.encode(self._document), media_type=JSON)
+
+    async def docs(self) -> Response[str]:
+        """This API, for people."""
+        return Response(api_document.page(self._document), media_type=MediaType.HTML)
+
+    async def _body(self, request: AnyRequest) -> bytes:
+        return await _read_body(request, int(self._settings().server.max_body_mb * 1024 * 1024))
+
+    def _cards(self) -> tuple[LLMCard, ...]:
+        settings = self._settings()
+        return tuple(_llm_card(view, settings) for view in self._balancer.views())
+
+
+class EventStream(ASGIResponse):
+    """Server-sent events: `frames` until they end, the client leaves, or it stops reading."""
+
+    _should_set_content_length = False
+
+    def __init__(self, frames: AsyncGenerator[bytes], *, task_id: str, write_timeout_s: float) -> None:
+        super().__init__(
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+        self._frames = frames
+        self._task_id = task_id
+        self._write_timeout_s = write_timeout_s
+
+    async def send_body(self, send: Send, receive: Receive) -> None:
+        """Write until one of the two sides is done; a client that leaves cancels nothing but this."""
+        writing = asyncio.ensure_future(self._write(send))
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            results = await asyncio.gather(writing, leaving, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            # The status line is long gone: the end without a final event is all that can be said.
+            log.error("events.failed", task_id=self._task_id, exc_info=results[0])
+
+    async def _write(self, send: Send) -> None:
+        try:
+            async with aclosing(self._frames) as frames:
+                async for frame in frames:
+                    async with asyncio.timeout(self._write_timeout_s):
+                        await send({"type": "http.response.body", "body": frame, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            log.info("events.slow_reader_cut", task_id=self._task_id)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _frames(
+    packet: TaskPacket, followed: AsyncIterator[AnyTaskEvent | Progress], *, keep_alive_s: float
+) -> AsyncGenerator[bytes]:
+    """The stream's frames: a snapshot, each event, and a comment in every silence."""
+    snapshot = msgspec.structs.replace(packet, history=())
+    yield b"event: snapshot\ndata: " + msgspec.json.encode(snapshot) + b"\n\n"
+    last: AnyTaskEvent | Progress | None = None
+    coming: asyncio.Future[AnyTaskEvent | Progress] | None = None
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(followed))
+            while not (await asyncio.wait({coming}, timeout=keep_alive_s))[0]:
+                yield b": keep-alive\n\n"
+            try:
+                last = coming.result()
+            except StopAsyncIteration:
+                break
+            yield _frame(last)
+    finally:
+        if coming is not None and not coming.done():
+            coming.cancel()
+            with suppress(asyncio.CancelledError, StopAsyncIteration):
+                await coming
+        if isinstance(followed, AsyncGenerator):
+            await followed.aclose()
+    if not packet.status.is_final and not isinstance(last, _FINAL):
+        yield b": cut; come back with Last-Event-ID\n\n"
+
+
+def _frame(event: AnyTaskEvent | Progress) -> bytes:
+    name = str(event.__struct_config__.tag).encode()
+    data = b"event: " + name + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
+    return data if isinstance(event, Progress) else b"id: %d\n" % event.seq + data
+
+
+def _key_guard(api_key: str) -> Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], None]:
+    expected = api_key.encode()
+
+    def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+        if handler.opt.get("public"):
+            return
+        scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else connection.headers.get("x-api-key", "")
+        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected):
+            raise NotAuthorizedException(
+                "send the server's API key as `Authorization: Bearer KEY` or as `x-api-key`",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    return guard
+
+
+async def _read_body(request: AnyRequest, limit_bytes: int) -> bytes:
+    """The body, read no further than `limit_bytes`."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != JSON and not (media_type.startswith("application/") and media_type.endswith("+json")):
+        raise HTTPException(
+            f"the body is declared as {media_type or 'nothing'}; send it with `Content-Type: {JSON}`",
+            status_code=415,
+        )
+    too_large = HTTPException(f"the body may have {limit_bytes} bytes (server.max_body_mb)", status_code=413)
+    if (request.content_length or 0) > limit_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise too_large
+    return bytes(body)
+
+
+def _query(request: AnyRequest, kind: type[T]) -> T:
+    try:
+        return decode_query(request.query_params.multi_items(), kind)
+    except InvalidPacketError as exc:
+        raise BadParameterError(
+            exc.problem, pointer=exc.pointer.removeprefix("/"), expected=exc.expected, choices=exc.choices
+        ) from exc
+
+
+def _idempotency_key(request: AnyRequest) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise BadParameterError(
+            "not an idempotency key", pointer="Idempotency-Key", expected="1 to 255 visible ASCII characters"
+        )
+    return key
+
+
+def _last_event_id(request: AnyRequest) -> int | None:
+    given = request.headers.get("last-event-id")
+    if given is None:
+        return None
+    if not re.fullmatch(r"\d{1,15}", given, re.ASCII):
+        raise BadParameterError("no event has such an id", pointer="Last-Event-ID", expected="a whole number")
+    return int(given)
+
+
+def _preferred_wait_s(request: AnyRequest) -> float | None:
+    """`Prefer: wait=N` (RFC 7240), cut to what is allowed; a preference that is unreadable is none."""
+    for preference in ",".join(request.headers.getall("prefer", [])).split(","):
+        if match := _WAIT.fullmatch(preference):
+            return min(float(match[1]), MAX_WAIT_S)
+    return None
+
+
+def _checked_id(task_id: str) -> str:
+    """`task_id` where it is one; nothing else ever gets near a file's name."""
+    if not _TASK_ID.fullmatch(task_id):
+        raise TaskNotFoundError(task_id[:64])
+    return task_id
+
+
+def _same(name: str, in_body: str | None, in_path: str) -> None:
+    if in_body is not None and in_body != in_path:
+        raise InvalidPacketError(
+            f"the body says {in_body[:80]!r}, the path {in_path[:80]!r}",
+            pointer=f"/{name}",
+            expected="nothing, or the same as the path",
+        )
+
+
+def _profile_cards(settings: Settings) -> tuple[ProfileCard, ...]:
+    return tuple(
+        ProfileCard(
+            name=name,
+            description=profile.description,
+            routes=profile.workflow.routes,
+            roles=tuple(
+                RoleCard(
+                    name=role_name,
+                    endpoint=f"/api/v1/{name}/{role_name}",
+                    description=role.description,
+                    agent=role.agent,
+                    llm=role.llm,
+                    tier=role.tier,
+                    prefer=role.prefer,
+                    privacy=role.privacy,
+                    payload_schema=role.payload_schema or profile.payload_schema,
+                    result_schema=role.result_schema,
+                )
+                for role_name, role in profile.roles.items()
+            ),
+        )
+        for name, profile in settings.profiles.items()
+    )
+
+
+def _llm_card(view: LLMView, settings: Settings) -> LLMCard:
+    configured = settings.llms.get(view.name)
+    return LLMCard(
+        name=view.name,
+        engine=configured.engine if configured else None,
+        model=configured.model if configured else None,
+        source=view.source,
+        tier=view.tier,
+        toggle=view.toggle,
+        locked=view.locked,
+        capabilities=tuple(sorted(view.capabilities)),
+        context_tokens=view.context_tokens,
+        slots=view.slots,
+        in_flight=view.in_flight,
+        circuit=view.circuit,
+        resident=view.resident,
+        time_to_first_token_ms=view.time_to_first_token_ms,
+        tokens_per_s=view.tokens_per_s,
+        failures=view.failures,
+        cost_per_million_input_usd=view.cost_per_million_input_usd,
+        cost_per_million_output_usd=view.cost_per_million_output_usd,
+    )
+
+
+def _json(
+    value: object, *, status: int | None = None, headers: dict[str, str] | None = None
+) -> Response[bytes]:
+    return Response(msgspec.json.encode(value), media_type=JSON, status_code=status, headers=headers or {})
+
+
+def _header_text(text: str) -> str:
+    """`text` as a header can carry it: a folder's name may hold anything."""
+    return text.encode("ascii", "backslashreplace").decode().replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _on_our_error(request: AnyRequest, exc: AgentServerError) -> Response[bytes]:
+    answer = problem(exc, request.scope["path"])
+    if answer.status == INTERNAL.status:
+        return _on_failure(request, exc)
+    headers = {}
+    if answer.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(answer.retry_after_s)))
+    return _problem(answer, headers)
+
+
+def _on_refusal(request: AnyRequest, exc: HTTPException) -> Response[bytes]:
+    kind = REFUSALS.get(exc.status_code)
+    if kind is None:
+        return _on_failure(request, exc)
+    return _problem(refusal(kind, exc.detail, request.scope["path"]), exc.headers)
+
+
+def _on_failure(request: AnyRequest, exc: Exception) -> Response[bytes]:
+    log.error("api.failed", method=request.method, path=request.scope["path"], exc_info=exc)
+    return _problem(refusal(INTERNAL, "the server failed; its log says more", request.scope["path"]))
+
+
+def _problem(answer: Problem, headers: dict[str, str] | None = None) -> Response[bytes]:
+    return Response(
+        msgspec.json.encode(answer),
+        media_type=PROBLEM_JSON,
+        status_code=answer.status,
+        headers=headers or {},
+    )

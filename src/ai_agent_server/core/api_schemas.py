@@ -1,0 +1,249 @@
+"""Shapes of the REST API that are not task packets: queries, bodies, listings, and problem details.
+
+HTTP statuses stand here, in `PROBLEMS` and `REFUSALS`, and in the two other `api_` modules alone.
+"""
+
+from typing import Annotated
+
+import msgspec
+
+from ai_agent_server import errors
+from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier
+from ai_agent_server.core.task_packet import TaskStatus
+from ai_agent_server.core.workflow import Edge
+from ai_agent_server.load_balancer.base import CircuitState, Requirements, Source
+
+MAX_WAIT_S = 600.0
+MAX_PAGE = 200
+JSON = "application/json"
+PROBLEM_JSON = "application/problem+json"
+
+WaitSeconds = Annotated[
+    float, msgspec.Meta(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the task's end.")
+]
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
+Dollars = Annotated[float, msgspec.Meta(ge=0, le=1_000_000_000)]
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What went wrong (RFC 9457). `pointer` is a JSON pointer into the body that was sent."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    pointer: str | None = None
+    parameter: str | None = None
+    """The query parameter or header that is wrong."""
+    expected: str | None = None
+    choices: tuple[str, ...] = ()
+    """The names that would have been taken."""
+    retry_after_s: float | None = None
+    task_id: str | None = None
+
+
+class ProblemKind(msgspec.Struct, frozen=True):
+    """A kind of problem: its place in the docs, its HTTP status and its title."""
+
+    slug: str
+    status: int
+    title: str
+
+    @property
+    def type(self) -> str:
+        """The URI of the kind; the docs page answers it."""
+        return f"/api/v1/docs#{self.slug}"
+
+
+class BadParameterError(errors.InvalidPacketError):
+    """A query parameter or a header is wrong; `pointer` names it."""
+
+
+INTERNAL = ProblemKind("internal", 500, "The server failed")
+
+PROBLEMS: dict[type[errors.AgentServerError], ProblemKind] = {
+    errors.UnknownRoleError: ProblemKind("unknown-role", 404, "No such profile or role"),
+    errors.UnknownLLMError: ProblemKind("unknown-llm", 404, "No such LLM"),
+    errors.MalformedPacketError: ProblemKind("malformed", 400, "The body is not readable JSON"),
+    BadParameterError: ProblemKind("bad-parameter", 422, "A parameter is wrong"),
+    errors.InvalidPacketError: ProblemKind("invalid-packet", 422, "The body has another shape"),
+    errors.IdempotencyConflictError: ProblemKind("idempotency-conflict", 409, "The key was used before"),
+    errors.IntakeFullError: ProblemKind("intake-full", 429, "As many tasks are live as may be"),
+    errors.ShuttingDownError: ProblemKind("shutting-down", 503, "The server is stopping"),
+    errors.TaskNotFoundError: ProblemKind("task-not-found", 404, "No such task"),
+    errors.TaskLiveError: ProblemKind("task-live", 409, "The task has not ended"),
+    errors.InvalidTransitionError: ProblemKind("invalid-transition", 409, "The task's status forbids it"),
+    errors.TaskConflictError: ProblemKind("task-conflict", 409, "Somebody else wrote first"),
+    errors.StoreFullError: ProblemKind("store-full", 507, "The disk is full"),
+    errors.StoreError: ProblemKind("store-failed", 503, "The state folder failed"),
+    errors.ConfigurationError: ProblemKind("configuration", 422, "The configuration is wrong"),
+}
+"""Our errors as answers, found by the nearest class; what has none here is `INTERNAL`."""
+
+REFUSALS: dict[int, ProblemKind] = {
+    400: ProblemKind("bad-request", 400, "The request is wrong"),
+    401: ProblemKind("key-needed", 401, "An API key is needed"),
+    404: ProblemKind("no-such-route", 404, "Nothing is here"),
+    405: ProblemKind("method-not-allowed", 405, "The method is not allowed here"),
+    413: ProblemKind("body-too-large", 413, "The body is too large"),
+    415: ProblemKind("not-json", 415, "The body is not declared as JSON"),
+}
+"""Refusals that come before any of our parts is asked."""
+
+
+def problem_kind(cls: type[BaseException]) -> ProblemKind:
+    """The kind of problem that errors of `cls` are."""
+    for ancestor in cls.__mro__:
+        if ancestor in PROBLEMS:
+            return PROBLEMS[ancestor]
+    return INTERNAL
+
+
+def problem(exc: errors.AgentServerError, instance: str) -> Problem:
+    """`exc` as problem details; nothing of an internal one but that it was."""
+    kind = problem_kind(type(exc))
+    if kind is INTERNAL:
+        return refusal(kind, "the server failed; its log says more", instance)
+    where = getattr(exc, "pointer", None) or None
+    is_parameter = isinstance(exc, BadParameterError)
+    return Problem(
+        type=kind.type,
+        title=kind.title,
+        status=kind.status,
+        detail=getattr(exc, "problem", "") or str(exc),
+        instance=instance,
+        pointer=None if is_parameter else where,
+        parameter=where if is_parameter else None,
+        expected=getattr(exc, "expected", None) or None,
+        choices=getattr(exc, "choices", ()),
+        retry_after_s=getattr(exc, "retry_after_s", None),
+        task_id=getattr(exc, "task_id", None),
+    )
+
+
+def refusal(kind: ProblemKind, detail: str, instance: str) -> Problem:
+    """A problem of which there is nothing more to say."""
+    return Problem(type=kind.type, title=kind.title, status=kind.status, detail=detail, instance=instance)
+
+
+class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What comes from outside: an unknown key is refused."""
+
+
+class SubmitQuery(_Strict, frozen=True, kw_only=True):
+    """Query of POST /api/v1/{profile}/{role}."""
+
+    wait: WaitSeconds | None = None
+
+
+class ListQuery(_Strict, frozen=True, kw_only=True):
+    """Query of GET /api/v1/tasks."""
+
+    profile: Annotated[str, msgspec.Meta(description="Only tasks of this profile.")] | None = None
+    role: Annotated[str, msgspec.Meta(description="Only tasks that entered at this role.")] | None = None
+    status: Annotated[TaskStatus, msgspec.Meta(description="Only tasks in this status.")] | None = None
+    context_id: Annotated[str, msgspec.Meta(description="Only tasks of this context.")] | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE, description="Tasks on a page.")] = 50
+    cursor: Annotated[str, msgspec.Meta(description="`next_cursor` of the page before.")] | None = None
+
+
+class EventsQuery(_Strict, frozen=True, kw_only=True):
+    """Query of GET /api/v1/tasks/{task_id}/events."""
+
+    since: (
+        Annotated[
+            int,
+            msgspec.Meta(ge=0, le=2**53, description="The last `seq` seen; `Last-Event-ID` goes before it."),
+        ]
+        | None
+    ) = None
+
+
+class NoQuery(_Strict, frozen=True, kw_only=True):
+    """Query of a route that takes none."""
+
+
+class ToggleDraft(_Strict, frozen=True, kw_only=True):
+    """Switches an LLM on or off."""
+
+    toggle: bool
+
+
+class ExplainDraft(_Strict, frozen=True, kw_only=True):
+    """A request to the balancer in thought: which LLM would serve it?"""
+
+    llm: str | None = None
+    """Exactly this LLM."""
+    tier: Tier | None = None
+    prefer: tuple[str, ...] = ()
+    privacy: Privacy = "any"
+    needs: frozenset[Capability] = frozenset({"chat"})
+    input_tokens: Tokens = 0
+    output_tokens: Tokens = 256
+    max_cost_usd: Dollars | None = None
+    exclude: frozenset[str] = frozenset()
+
+    def requirements(self) -> Requirements:
+        """The same for the balancer."""
+        return Requirements(**msgspec.structs.asdict(self))
+
+
+class RoleCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A role that takes tasks."""
+
+    name: str
+    endpoint: str
+    """Where its packets are POSTed."""
+    description: str
+    agent: str | None
+    llm: str | None
+    tier: Tier | None
+    prefer: tuple[str, ...]
+    privacy: Privacy
+    payload_schema: JSONObject | None
+    result_schema: JSONObject | None
+
+
+class ProfileCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A profile, its roles, and the table of routes that its tasks follow."""
+
+    name: str
+    description: str
+    roles: tuple[RoleCard, ...]
+    routes: dict[str, tuple[Edge, ...]]
+
+
+class ProfileList(msgspec.Struct, frozen=True, kw_only=True):
+    """Every profile."""
+
+    items: tuple[ProfileCard, ...]
+
+
+class LLMCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A configured LLM and how it stands now. None: nobody knows."""
+
+    name: str
+    engine: str | None
+    model: str | None
+    source: Source
+    tier: Tier
+    toggle: bool
+    locked: bool
+    capabilities: tuple[Capability, ...]
+    context_tokens: int
+    slots: int
+    in_flight: int
+    circuit: CircuitState
+    resident: bool | None
+    time_to_first_token_ms: float | None
+    tokens_per_s: float | None
+    failures: int
+    cost_per_million_input_usd: float
+    cost_per_million_output_usd: float
+
+
+class LLMList(msgspec.Struct, frozen=True, kw_only=True):
+    """Every configured LLM."""
+
+    items: tuple[LLMCard, ...]
