@@ -2,10 +2,8 @@
 
 import asyncio
 import random
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -14,25 +12,22 @@ import structlog
 from ai_agent_server.config.settings import BalancerSettings
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, ChatUsage, Decision
 from ai_agent_server.errors import (
-    AgentServerError,
     ContextOverflowError,
     EngineBusyError,
     EngineError,
     EngineProtocolError,
     EngineRequestError,
     ModelNotFoundError,
-    NoLLMError,
     UnknownLLMError,
 )
 from ai_agent_server.llm_engines.base import ModelCard
 from ai_agent_server.load_balancer import circuit, estimate
+from ai_agent_server.load_balancer.admission import Admission, Journey, Lease
 from ai_agent_server.load_balancer.base import BalancingStrategy, LLMView, Requirements
-from ai_agent_server.load_balancer.load_balancer import decide, may_wait_for, refusals
 from ai_agent_server.load_balancer.standing import HeldEngine, Member, Standing, same_engine
 
 __all__ = ("BalancedEngine", "BalancerEvent", "Member")
 
-MAX_WAITING = 256
 RESIDENCY_TIMEOUT_S = 2.0
 
 EventKind = Literal[
@@ -56,45 +51,6 @@ class BalancerEvent(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
     wait_s: float = 0.0
     """Until a retry or a probe, or how long a request waited for a slot."""
-
-
-@dataclass
-class _Journey:
-    """One request on its way from LLM to LLM."""
-
-    wanted: Requirements
-    attempts: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, str] = field(default_factory=dict)
-    last_error: EngineError | None = None
-    waited_s: float = 0.0
-
-    def exclude(self, *names: str) -> None:
-        self.wanted = msgspec.structs.replace(self.wanted, exclude=self.wanted.exclude.union(names))
-
-
-@dataclass
-class _Lease:
-    """A request's place on an LLM, from the decision to the end of the stream."""
-
-    standing: Standing
-    held: HeldEngine
-    decision: Decision
-    probe: bool
-    cold: bool
-    started_s: float
-    first_token_s: float | None = None
-    shown: bool = False
-    """Whether the circuit was told how it went."""
-
-
-@dataclass
-class _Waiter:
-    """A request for which nobody has a place yet."""
-
-    journey: _Journey
-    granted: asyncio.Future[_Lease]
-    target: str | None = None
-    """The LLM whose slot it waits for; None while it waits for circuits."""
 
 
 class BalancedEngine:
@@ -121,26 +77,31 @@ class BalancedEngine:
         residency_interval_s: float = 5.0,
     ) -> None:
         """`clock` is monotonic, in seconds; `settings.strategy` is the name that decisions give."""
-        self._standings = {name: Standing(name, member) for name, member in members.items()}
-        self._strategy, self._settings = strategy, settings
+        self._admission = Admission(
+            {name: Standing(name, member) for name, member in members.items()},
+            strategy=strategy,
+            settings=settings,
+            clock=clock,
+            sleep=sleep,
+        )
         self._clock, self._rng, self._sleep = clock, rng, sleep
         self._on_event, self._keep_toggle = on_event, keep_toggle
         self._residency_interval_s = residency_interval_s
-        self._waiters: list[_Waiter] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._retired: set[HeldEngine] = set()
         self._watching = False
-        self._closed = False
         self._log = structlog.get_logger("load_balancer")
 
     # The engine port
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`; the first delta says which LLM does, and why."""
-        journey = _Journey(wanted=self.requirements(request))
+        journey = Journey(wanted=self.requirements(request))
         while True:
-            lease = await self._lease(journey)
+            lease = await self._admission.place(journey)
             try:
+                if lease.waited_s:
+                    self._tell("llm.waited", lease.standing.name, wait_s=lease.waited_s)
                 async with aclosing(self._answer(lease, request)) as deltas:
                     async for delta in deltas:
                         yield delta
@@ -152,13 +113,13 @@ class BalancedEngine:
             else:
                 return
             finally:
-                self._release(lease)
+                self._admission.release(lease)
             if pause_s:
                 await self._sleep(pause_s)
 
     async def models(self) -> tuple[ModelCard, ...]:
         """Every configured LLM by the name it has here, from what is known: no engine is asked."""
-        return tuple(standing.card() for standing in self._standings.values())
+        return tuple(standing.card() for standing in self._admission.standings.values())
 
     async def load(self, llm: str | None = None) -> None:
         """Bring an LLM into memory: by default the local one that a request without wishes would get."""
@@ -172,25 +133,18 @@ class BalancedEngine:
 
     async def unload(self, llm: str | None = None) -> None:
         """Give an LLM's memory back, by default every local one's."""
-        chosen = (
-            [standing for standing in self._standings.values() if standing.settings.source == "local"]
-            if llm is None
-            else [self._named(llm)]
-        )
-        for standing in chosen:
+        for standing in self._local() if llm is None else (self._named(llm),):
             await standing.held.engine.unload()
             await self._look_at(standing)
 
     async def aclose(self) -> None:
         """End every wait, stop the background work, close every engine."""
-        self._closed = True
-        for waiter in tuple(self._waiters):
-            self._end_wait(waiter, NoLLMError("the balancer is closed", refusals={}))
+        self._admission.close()
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for held in (*(standing.held for standing in self._standings.values()), *self._retired):
+        for held in (*(standing.held for standing in self._admission.standings.values()), *self._retired):
             await self._close(held)
         self._retired.clear()
 
@@ -198,7 +152,7 @@ class BalancedEngine:
 
     def start(self) -> None:
         """Watch residency in the background from now on: local engines only, and nothing is loaded."""
-        if not self._watching and not self._closed:
+        if not self._watching:
             self._watching = True
             self._own(self._watch_residency())
 
@@ -208,20 +162,20 @@ class BalancedEngine:
 
     def views(self) -> tuple[LLMView, ...]:
         """Every configured LLM as it stands now."""
-        return self._views(Counter(waiter.target for waiter in self._waiters))
+        return self._admission.views()
 
     def explain(self, wanted: Requirements) -> Decision:
         """Which LLM would serve now, and why; nothing is called."""
-        return self._decide(wanted, self.views())
+        return self._admission.decide(wanted)
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a place."""
-        return len(self._waiters)
+        return self._admission.waiting
 
     def cost_usd(self, llm: str, usage: ChatUsage) -> float:
         """What `usage` cost on `llm`; 0 for an LLM that is configured no more."""
-        standing = self._standings.get(llm)
+        standing = self._admission.standings.get(llm)
         if standing is None:
             return 0.0
         view = standing.view(self._clock())
@@ -239,7 +193,7 @@ class BalancedEngine:
         if on:
             standing.circuit = circuit.Circuit()
         self._tell("llm.toggled", name, why="on" if on else "off")
-        self._dispatch(changed=True)
+        self._admission.dispatch(changed=True)
 
     async def replace(
         self,
@@ -254,9 +208,10 @@ class BalancedEngine:
         figures; a new engine given for it is closed unused. An engine that is no longer needed is
         closed when its last stream has ended. Nobody who waits loses their place.
         """
-        self._settings = settings or self._settings
-        self._strategy = strategy or self._strategy
-        old, self._standings = self._standings, {}
+        admission = self._admission
+        admission.settings = settings or admission.settings
+        admission.strategy = strategy or admission.strategy
+        old, admission.standings = admission.standings, {}
         idle: list[HeldEngine] = []
         for name, member in members.items():
             kept = old.get(name)
@@ -265,13 +220,13 @@ class BalancedEngine:
             )
             if kept is not None and same:
                 kept.reconfigure(member.settings)
-                self._standings[name] = kept
+                admission.standings[name] = kept
                 if member.engine is not kept.held.engine:
                     idle.append(HeldEngine(name, member.engine))
             else:
-                self._standings[name] = Standing(name, member)
+                admission.standings[name] = Standing(name, member)
         for name, standing in old.items():
-            if self._standings.get(name) is standing:
+            if admission.standings.get(name) is standing:
                 continue
             self._tell("llm.replaced", name)
             if standing.held.idle.is_set():
@@ -279,20 +234,19 @@ class BalancedEngine:
             else:
                 self._retired.add(standing.held)
                 self._own(self._close_after_last(standing.held))
-        self._dispatch(changed=True)
+        admission.dispatch(changed=True)
         for held in idle:
             await self._close(held)
 
     async def refresh_residency(self) -> None:
         """Ask every local engine, at the same time, what it has in memory. Never loads a model."""
-        local = [standing for standing in self._standings.values() if standing.settings.source == "local"]
         async with asyncio.TaskGroup() as group:
-            for standing in local:
+            for standing in self._local():
                 group.create_task(self._look_at(standing))
 
     # One attempt
 
-    async def _answer(self, lease: _Lease, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+    async def _answer(self, lease: Lease, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """The engine's deltas. What comes before the first token is held back: it binds nobody yet."""
         standing = lease.standing
         usage, model, held_back_s, ended = ChatUsage(), "", 0.0, False
@@ -323,27 +277,27 @@ class BalancedEngine:
         standing.finished(usage, writing_s)
         lease.shown = True
 
-    def _first_token(self, lease: _Lease) -> None:
+    def _first_token(self, lease: Lease) -> None:
         standing = lease.standing
         lease.first_token_s = self._clock()
         standing.first_token(
             lease.first_token_s - lease.started_s,
             cold=lease.cold,
             probe=lease.probe,
-            settings=self._settings.circuit,
+            settings=self._admission.settings.circuit,
         )
         if lease.probe:
             lease.probe = False
             self._tell("llm.circuit_closed", standing.name)
 
-    def _blame(self, lease: _Lease, error: EngineError) -> None:
+    def _blame(self, lease: Lease, error: EngineError) -> None:
         standing, now_s = lease.standing, self._clock()
         before = circuit.state(standing.circuit, now_s)
         standing.circuit = circuit.failed(
             standing.circuit,
             now_s,
             probe=lease.probe,
-            settings=self._settings.circuit,
+            settings=self._admission.settings.circuit,
             blame=circuit.blame_for(error, cold=lease.cold),
             retry_after_s=error.retry_after_s if isinstance(error, EngineBusyError) else None,
         )
@@ -352,9 +306,9 @@ class BalancedEngine:
             cooldown_s = circuit.cooldown_s(standing.circuit, now_s)
             self._tell("llm.circuit_opened", standing.name, why=type(error).__name__, wait_s=cooldown_s)
 
-    def _next_step(self, journey: _Journey, lease: _Lease, error: EngineError) -> float:
+    def _next_step(self, journey: Journey, lease: Lease, error: EngineError) -> float:
         """Seconds to pause before the next decision, after a failure that nobody saw yet."""
-        name, retry = lease.standing.name, self._settings.retry
+        name, retry = lease.standing.name, self._admission.settings.retry
         journey.last_error = error
         journey.failures[name] = f"{type(error).__name__}: {error.problem}"
         journey.attempts[name] += 1
@@ -376,174 +330,14 @@ class BalancedEngine:
         self._tell("llm.retried", name, why=type(error).__name__, wait_s=pause_s)
         return pause_s
 
-    # A place on an LLM
-
-    async def _lease(self, journey: _Journey) -> _Lease:
-        """A place, waited for where need be. Raises when there is none to be had."""
-        started_s = self._clock()
-        decision = self._decide(journey.wanted, self.views())
-        hopeless = self._hopeless(journey, decision)
-        if hopeless is not None:
-            raise hopeless
-        waiter = _Waiter(journey=journey, granted=asyncio.get_running_loop().create_future())
-        self._waiters.append(waiter)
-        self._dispatch()
-        if waiter.granted.done():
-            return waiter.granted.result()
-        if len(self._waiters) > MAX_WAITING:
-            self._waiters.remove(waiter)
-            raise NoLLMError(f"{MAX_WAITING} requests wait already", refusals=refusals(decision))
-        try:
-            lease = await self._wait(waiter, started_s + self._settings.max_wait_s - journey.waited_s)
-        except BaseException:
-            self._give_up_waiting(waiter)
-            raise
-        waited_s = self._clock() - started_s
-        journey.waited_s += waited_s
-        self._tell("llm.waited", lease.standing.name, wait_s=waited_s)
-        return lease
-
-    async def _wait(self, waiter: _Waiter, deadline_s: float) -> _Lease:
-        while not waiter.granted.done():
-            now_s = self._clock()
-            if now_s >= deadline_s:
-                return self._last_resort(waiter)
-            opening_s = (
-                standing.circuit.open_until_s
-                for standing in self._standings.values()
-                if standing.circuit.open_until_s is not None and standing.circuit.open_until_s > now_s
-            )
-            wake_s = min((deadline_s, *opening_s))
-            sleeper: asyncio.Future[Any] = asyncio.ensure_future(self._sleep(wake_s - now_s))
-            try:
-                await asyncio.wait((waiter.granted, sleeper), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                sleeper.cancel()
-                await asyncio.wait((sleeper,))
-            if not waiter.granted.done():
-                self._dispatch()
-        return waiter.granted.result()
-
-    def _last_resort(self, waiter: _Waiter) -> _Lease:
-        """The wait is over: whoever may serve and has a place does, even one that ranks behind."""
-        journey = waiter.journey
-        full = [name for name, standing in self._standings.items() if not standing.has_slot]
-        for name in full:
-            journey.failures.setdefault(name, f"no free slot within {self._settings.max_wait_s:g} s")
-        journey.exclude(*full)
-        decision = self._decide(journey.wanted, self.views())
-        if decision.chosen is None:
-            raise self._nobody(
-                journey, decision, f"no LLM had a place within {self._settings.max_wait_s:g} s"
-            )
-        self._waiters.remove(waiter)
-        return self._grant(self._standings[decision.chosen], decision)
-
-    def _dispatch(self, *, changed: bool = False) -> None:
-        """Give places to those who wait, first come first served.
-
-        With `changed` (toggles, configuration) those for whom there is no hope any more are told.
-        """
-        ahead: Counter[str | None] = Counter()
-        for waiter in tuple(self._waiters):
-            if not changed and not self._any_place():
-                return
-            decision = self._decide(waiter.journey.wanted, self._views(ahead))
-            hopeless = self._hopeless(waiter.journey, decision)
-            if hopeless is not None:
-                self._end_wait(waiter, hopeless)
-                continue
-            standing = self._standings.get(decision.chosen or "")
-            if standing is not None and standing.has_slot:
-                self._waiters.remove(waiter)
-                waiter.granted.set_result(self._grant(standing, decision))
-                continue
-            waiter.target = decision.chosen
-            ahead[waiter.target] += 1
-
-    def _any_place(self) -> bool:
-        now_s = self._clock()
-        return any(
-            standing.toggle and standing.has_slot and circuit.admits(standing.circuit, now_s)
-            for standing in self._standings.values()
-        )
-
-    def _grant(self, standing: Standing, decision: Decision) -> _Lease:
-        now_s = self._clock()
-        cold = standing.resident is False
-        return _Lease(
-            standing=standing,
-            held=standing.held,
-            decision=decision,
-            probe=standing.begin(now_s),
-            cold=cold,
-            started_s=now_s,
-        )
-
-    def _release(self, lease: _Lease) -> None:
-        standing = lease.standing
-        if not lease.shown:
-            standing.circuit = circuit.abandoned(standing.circuit, probe=lease.probe)
-        standing.in_flight -= 1
-        lease.held.leave()
-        self._dispatch()
-
-    def _give_up_waiting(self, waiter: _Waiter) -> None:
-        """The asker left, perhaps in the very moment in which a place was given."""
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
-        granted = waiter.granted
-        if not granted.done():
-            granted.cancel()
-        elif not granted.cancelled() and granted.exception() is None:
-            self._release(granted.result())
-
-    def _end_wait(self, waiter: _Waiter, error: AgentServerError) -> None:
-        self._waiters.remove(waiter)
-        if not waiter.granted.done():
-            waiter.granted.set_exception(error)
-
-    def _hopeless(self, journey: _Journey, decision: Decision) -> AgentServerError | None:
-        """Why waiting would be in vain, None where it would not."""
-        if self._closed:
-            return NoLLMError("the balancer is closed", refusals={})
-        if decision.chosen is not None:
-            return None
-        left_s = self._settings.max_wait_s - journey.waited_s
-        now_s = self._clock()
-        if any(
-            circuit.cooldown_s(self._standings[name].circuit, now_s) <= left_s
-            for name in may_wait_for(decision)
-        ):
-            return None
-        return self._nobody(journey, decision, "no LLM may serve the request")
-
-    def _nobody(self, journey: _Journey, decision: Decision, problem: str) -> AgentServerError:
-        if isinstance(journey.last_error, EngineRequestError):
-            return journey.last_error
-        why = refusals(decision)
-        why |= {
-            name: f"{label.partition(':')[0]}: {journey.failures[name]}"
-            for name, label in why.items()
-            if name in journey.failures
-        }
-        nobody = NoLLMError(problem, refusals=why)
-        nobody.__cause__ = journey.last_error
-        return nobody
-
-    def _decide(self, wanted: Requirements, views: tuple[LLMView, ...]) -> Decision:
-        return decide(wanted, views, self._strategy, strategy_name=self._settings.strategy)
-
-    def _views(self, waiting: Counter[str | None]) -> tuple[LLMView, ...]:
-        now_s = self._clock()
-        return tuple(
-            standing.view(now_s, waiting=waiting[name]) for name, standing in self._standings.items()
-        )
+    def _local(self) -> tuple[Standing, ...]:
+        standings = self._admission.standings.values()
+        return tuple(standing for standing in standings if standing.settings.source == "local")
 
     def _named(self, name: str) -> Standing:
-        standing = self._standings.get(name)
+        standing = self._admission.standings.get(name)
         if standing is None:
-            raise UnknownLLMError(name, tuple(self._standings))
+            raise UnknownLLMError(name, tuple(self._admission.standings))
         return standing
 
     # Background work and the ends of engines
