@@ -31,13 +31,14 @@ MIN_SMALL_BYTES = 400 * MIB
 MAX_LISTED = 8
 
 # Names that stand for a vendor's current model where there is one, so that they last.
-APIS: dict[str, tuple[str, str, str | None]] = {
-    "OPENAI_API_KEY": ("openai", "gpt-5-mini", None),
-    "OPENROUTER_API_KEY": ("openrouter", "openrouter/auto", "https://openrouter.ai/api/v1"),
-    "MISTRAL_API_KEY": ("mistral", "mistral-large-latest", "https://api.mistral.ai/v1"),
-    "DEEPSEEK_API_KEY": ("deepseek", "deepseek-chat", "https://api.deepseek.com/v1"),
+APIS: dict[str, tuple[str, str, JSONObject]] = {
+    # OpenAI's reasoning models refuse a temperature.
+    "OPENAI_API_KEY": ("openai", "gpt-5.4-mini", {"omit": ["temperature", "top_p"]}),
+    "OPENROUTER_API_KEY": ("openrouter", "openrouter/auto", {"base_url": "https://openrouter.ai/api/v1"}),
+    "MISTRAL_API_KEY": ("mistral", "mistral-large-latest", {"base_url": "https://api.mistral.ai/v1"}),
+    "DEEPSEEK_API_KEY": ("deepseek", "deepseek-chat", {"base_url": "https://api.deepseek.com/v1"}),
 }
-"""Variable -> (name of the LLM, model, base_url); all speak OpenAI's form."""
+"""Variable -> (name of the LLM, model, options); all speak OpenAI's form."""
 ENGINES: dict[probes.ServerKind, str] = {
     "ollama": "local.ollama",
     "llama-server": "local.llama_server",
@@ -177,7 +178,7 @@ def _add_apis(found: Found, llms: JSONObject, reasons: list[str], on: bool) -> N
         if api is None or "api.openai" not in found.engines:
             reasons.append(f"{variable} is set, but there is no engine for it")
             continue
-        wanted, model, base_url = api
+        wanted, model, options = api
         name = _free_name(wanted, llms)
         llms[name] = {
             "engine": "api.openai",
@@ -189,7 +190,7 @@ def _add_apis(found: Found, llms: JSONObject, reasons: list[str], on: bool) -> N
             "slots": 4,
             "capabilities": ["chat", "json_schema", "tools"],
             "api_key": {"env": variable},
-            "options": {"base_url": base_url} if base_url else {},
+            "options": options,
         }
         reasons.append(
             f"{name} ({model}): on, as --apis says; it costs money and text goes out"

@@ -69,12 +69,14 @@ def serve(
     """
     environ = environment()
     check_binding(host, environ.get(API_KEY) or None)
-    folder = state_dir or default_state_dir(environ)
+    folder = (state_dir or default_state_dir(environ)).absolute()
 
     def ready(url: str) -> None:
         sys.stdout.write(f"AI-Agent-Server is ready at {url} (state in {folder}; Ctrl-C stops it)\n")
         sys.stdout.flush()
 
-    from ai_agent_server import app  # noqa: PLC0415 - what is refused above is refused at once
+    from ai_agent_server import process  # noqa: PLC0415 - what is refused above is refused at once
 
-    return app.serve(config=config, host=host, port=port, state_dir=folder, ready=ready)
+    return process.serve(
+        config=config.absolute() if config else None, host=host, port=port, state_dir=folder, ready=ready
+    )
