@@ -1,8 +1,10 @@
 """The REST API's tasks, over a real socket."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -47,3 +49,185 @@ async def test_a_submitted_task_is_accepted_and_found_where_the_answer_says(http
     assert answer.headers["location"] == f"/api/v1/tasks/{packet['task_id']}"
     assert packet["task_id"] in answer.headers["x-task-file"]
     assert (await http.get(answer.headers["location"])).json() == packet
+
+
+async def test_waiting_answers_200_as_soon_as_the_task_ends(parts: Parts, http: httpx.AsyncClient) -> None:
+    async with asyncio.TaskGroup() as group:
+        asking = group.create_task(http.post(PLANNER, params={"wait": 25}, json=BODY))
+        task_id = await first_task(parts)
+        end(parts, task_id)
+
+    assert asking.result().status_code == 200
+    assert asking.result().json()["result"] == {"code": "pass"}
+
+
+async def test_waiting_that_was_too_short_answers_202_and_the_task_goes_on(http: httpx.AsyncClient) -> None:
+    answer = await http.post(PLANNER, params={"wait": 0.05}, json=BODY)
+
+    assert (answer.status_code, answer.json()["status"]) == (202, "submitted")
+
+
+async def test_a_preference_to_wait_is_followed_and_said_so(parts: Parts, http: httpx.AsyncClient) -> None:
+    async with asyncio.TaskGroup() as group:
+        asking = group.create_task(
+            http.post(PLANNER, headers={"Prefer": "respond-async, wait=25"}, json=BODY)
+        )
+        end(parts, await first_task(parts))
+
+    assert asking.result().status_code == 200
+    assert asking.result().headers["preference-applied"] == "wait=25"
+
+
+@pytest.mark.parametrize("wait", ["-1", "601", "soon", ""])
+async def test_a_wait_that_is_none_is_refused(http: httpx.AsyncClient, parts: Parts, wait: str) -> None:
+    answer = await http.post(PLANNER, params={"wait": wait}, json=BODY)
+
+    assert (answer.status_code, answer.json()["parameter"]) == (422, "wait")
+    assert not parts.engine.tasks
+
+
+async def test_a_repeat_with_the_same_key_answers_the_earlier_packet(http: httpx.AsyncClient) -> None:
+    first = await submitted(http, headers={"Idempotency-Key": "one"})
+    again = await http.post(PLANNER, json=BODY, headers={"Idempotency-Key": "one"})
+
+    assert (again.status_code, again.json()["task_id"]) == (200, first)
+
+
+async def test_a_key_with_another_body_is_a_conflict_that_names_the_task(http: httpx.AsyncClient) -> None:
+    first = await submitted(http, headers={"Idempotency-Key": "one"})
+    other = await http.post(PLANNER, json={"payload": {}}, headers={"Idempotency-Key": "one"})
+
+    assert (other.status_code, other.json()["task_id"]) == (409, first)
+
+
+@pytest.mark.parametrize("key", ["", "a b", "x" * 256, "k\u00e9y"])
+async def test_a_key_of_other_characters_is_refused(http: httpx.AsyncClient, key: str) -> None:
+    answer = await http.post(PLANNER, json=BODY, headers={b"Idempotency-Key": key.encode()})
+
+    assert (answer.status_code, answer.json()["parameter"]) == (422, "Idempotency-Key")
+
+
+async def test_the_path_says_profile_and_role_and_the_body_may_not_differ(http: httpx.AsyncClient) -> None:
+    same = await http.post(PLANNER, json={**BODY, "role": "planner"})
+    other = await http.post(PLANNER, json={**BODY, "role": "qa"})
+
+    assert same.status_code == 202
+    assert (other.status_code, other.json()["pointer"]) == (422, "/role")
+
+
+async def test_an_unknown_role_is_told_with_the_roles_there_are(http: httpx.AsyncClient) -> None:
+    answer = await http.post("/api/v1/developer/plannr", json=BODY)
+
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["choices"] == ["planner", "qa"]
+    assert (await http.post("/api/v1/devel/planner", json=BODY)).json()["choices"] == [
+        "developer",
+        "productivity",
+    ]
+
+
+async def test_tasks_are_listed_newest_first_page_by_page(http: httpx.AsyncClient) -> None:
+    ids = [await submitted(http) for _ in range(5)]
+
+    first = (await http.get("/api/v1/tasks", params={"limit": 3})).json()
+    second = (await http.get("/api/v1/tasks", params={"limit": 3, "cursor": first["next_cursor"]})).json()
+
+    assert [item["task_id"] for item in (*first["items"], *second["items"])] == ids[::-1]
+    assert second["next_cursor"] is None
+
+
+async def test_lists_are_filtered_by_every_field(parts: Parts, http: httpx.AsyncClient) -> None:
+    ended = await submitted(http)
+    end(parts, ended)
+    live = (await http.post("/api/v1/developer/qa", json={**BODY, "context_id": str(uuid4())})).json()
+
+    async def found(**where: str) -> list[str]:
+        items = (await http.get("/api/v1/tasks", params=where)).json()["items"]
+        return [item["task_id"] for item in items]
+
+    assert await found(status="completed") == [ended]
+    assert await found(role="qa") == [live["task_id"]]
+    assert await found(context_id=live["context_id"]) == [live["task_id"]]
+    assert await found(profile="productivity") == []
+
+
+@pytest.mark.parametrize(
+    ("query", "parameter", "says"),
+    [
+        ("limit=0", "limit", "int >= 1"),
+        ("limit=201", "limit", "int <= 200"),
+        ("limit=ten", "limit", "int"),
+        ("limit=1&limit=2", "limit", "twice"),
+        ("status=done", "status", "input-required"),
+        ("stauts=working", "stauts", "context_id"),
+        ("cursor=%00%ff../../etc", "cursor", "cursor"),
+    ],
+)
+async def test_a_wrong_query_is_told_with_what_would_be_right(
+    http: httpx.AsyncClient, query: str, parameter: str, says: str
+) -> None:
+    answer = await http.get(f"/api/v1/tasks?{query}")
+
+    assert (answer.status_code, answer.json()["parameter"]) == (422, parameter)
+    assert says in answer.text
+
+
+async def test_a_live_task_is_deleted_only_after_it_ended(parts: Parts, http: httpx.AsyncClient) -> None:
+    task_id = await submitted(http)
+    live = await http.delete(f"/api/v1/tasks/{task_id}")
+    end(parts, task_id)
+    gone = await http.delete(f"/api/v1/tasks/{task_id}")
+
+    assert (live.status_code, live.json()["task_id"]) == (409, task_id)
+    assert (gone.status_code, gone.content) == (204, b"")
+    assert (await http.get(f"/api/v1/tasks/{task_id}")).status_code == 404
+
+
+async def test_a_task_is_canceled_once(http: httpx.AsyncClient) -> None:
+    task_id = await submitted(http)
+    first = await http.post(f"/api/v1/tasks/{task_id}/cancel")
+    second = await http.post(f"/api/v1/tasks/{task_id}/cancel")
+
+    assert (first.status_code, first.json()["status"]) == (200, "canceled")
+    assert second.status_code == 409
+
+
+async def test_an_outside_agent_reports_for_a_role(http: httpx.AsyncClient) -> None:
+    task_id = await submitted(http)
+    report = {"role": "qa", "outcome": "fail", "sender": "ci", "why": "3 != 4"}
+    answer = await http.post(f"/api/v1/tasks/{task_id}/feedback", json=report)
+
+    assert answer.status_code == 202
+    last = answer.json()["history"][-1]
+    assert (last["type"], last["via"], last["sender"]) == ("feedback.received", "rest", "ci")
+
+
+async def test_a_report_for_another_task_than_the_path_says_is_refused(http: httpx.AsyncClient) -> None:
+    task_id = await submitted(http)
+    report = {"role": "qa", "outcome": "fail", "task_id": str(uuid4())}
+    answer = await http.post(f"/api/v1/tasks/{task_id}/feedback", json=report)
+
+    assert (answer.status_code, answer.json()["pointer"]) == (422, "/task_id")
+
+
+@pytest.mark.parametrize(
+    "task_id",
+    ["1", "..", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "%00", "A" * 3000, f"{{{uuid4()}}}", uuid4().hex, "%ff%fe"],
+)
+async def test_an_id_that_is_no_uuid_is_no_task_and_reaches_nobody(
+    parts: Parts, http: httpx.AsyncClient, task_id: str
+) -> None:
+    parts.engine.failing = AssertionError("the engine was asked")
+
+    for method, tail in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/events")):
+        answer = await http.request(method, f"/api/v1/tasks/{task_id}{tail}")
+        assert answer.status_code in {404, 405}, answer.text
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def first_task(parts: Parts) -> str:
+    async with asyncio.timeout(20):
+        while not parts.engine.tasks or not parts.engine.followers:
+            await asyncio.sleep(0.01)
+    return next(iter(parts.engine.tasks))

@@ -49,7 +49,9 @@ class BalancerDouble:
 class Parts:
     """What the API stands on; a test changes it while the server runs."""
 
-    def __init__(self, *, api_key: str | None = None, keep_alive_s: float = 15.0) -> None:
+    def __init__(
+        self, *, api_key: str | None = None, keep_alive_s: float = 15.0, write_timeout_s: float = 30.0
+    ) -> None:
         self.engine = OrchestrationDouble()
         self.balancer = BalancerDouble()
         self.settings: Settings = load(None)
@@ -76,6 +78,7 @@ class Parts:
             version="0",
             api_key=api_key,
             keep_alive_s=keep_alive_s,
+            write_timeout_s=write_timeout_s,
         )
 
     def counts(self) -> dict[TaskStatus, int]:

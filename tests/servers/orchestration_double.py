@@ -26,7 +26,6 @@ from ai_agent_server.core.task_packet import (
 )
 from ai_agent_server.core.transitions import fold
 from ai_agent_server.errors import (
-    AgentServerError,
     IdempotencyConflictError,
     InvalidPacketError,
     TaskLiveError,
@@ -49,7 +48,7 @@ class OrchestrationDouble:
         self.followers = 0
         self._keys: dict[str, tuple[str, str]] = {}
         self._listeners: list[EventListener] = []
-        self._queues: dict[str, set[asyncio.Queue[AnyTaskEvent | Progress]]] = defaultdict(set)
+        self._queues: dict[str, set[asyncio.Queue[AnyTaskEvent | Progress | None]]] = defaultdict(set)
 
     def happen(self, task_id: str, *events: TaskEvent) -> TaskPacket:
         """Let `events` happen to the task."""
@@ -66,6 +65,11 @@ class OrchestrationDouble:
     def progress(self, progress: Progress) -> None:
         """Tell who follows how far a step is."""
         self._tell(progress.task_id, progress)
+
+    def cut(self, task_id: str) -> None:
+        """End every stream of the task early, as for readers that are too slow."""
+        for queue in self._queues[task_id]:
+            queue.put_nowait(None)
 
     def _tell(self, task_id: str, event: AnyTaskEvent | Progress) -> None:
         for queue in self._queues[task_id]:
@@ -182,14 +186,16 @@ class OrchestrationDouble:
     async def follow(self, task_id: str, *, since: int = 0) -> AsyncIterator[AnyTaskEvent | Progress]:
         """See `Orchestration.follow`."""
         packet = await self.read(task_id)
-        queue: asyncio.Queue[AnyTaskEvent | Progress] = asyncio.Queue()
+        queue: asyncio.Queue[AnyTaskEvent | Progress | None] = asyncio.Queue()
         self._queues[task_id].add(queue)
         self.followers += 1
         try:
             for event in packet.history[since:]:
                 yield event
             while not self.tasks[task_id].status.is_final or not queue.empty():
-                yield await queue.get()
+                if (event_or_end := await queue.get()) is None:
+                    return
+                yield event_or_end
         finally:
             self._queues[task_id].discard(queue)
             self.followers -= 1
@@ -211,10 +217,3 @@ def _must_be_uuid(task_id: str) -> None:
     except ValueError:
         pass
     raise InvalidPacketError("not a UUID", pointer="/task_id", expected="a UUID")
-
-
-def raised(error: AgentServerError) -> OrchestrationDouble:
-    """A double whose next call raises `error`."""
-    double = OrchestrationDouble()
-    double.failing = error
-    return double

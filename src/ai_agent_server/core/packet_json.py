@@ -166,7 +166,7 @@ def _below(here: inspect.Type, step: str) -> inspect.Type:
 
 def _members(kind: inspect.Type) -> tuple[inspect.Type, ...]:
     if isinstance(kind, inspect.UnionType):
-        return kind.types
+        return tuple(member for branch in kind.types for member in _members(branch))
     if isinstance(kind, inspect.Metadata):
         return _members(kind.type)
     return (kind,)
