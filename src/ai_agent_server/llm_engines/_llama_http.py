@@ -158,6 +158,8 @@ class LlamaHTTP:
 
     @contextmanager
     def _translated(self, *, connecting: bool = False) -> Iterator[None]:
+        if connecting and self._client.is_closed:
+            raise EngineUnreachableError("the engine was closed", engine=self._engine)
         try:
             yield
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as exc:

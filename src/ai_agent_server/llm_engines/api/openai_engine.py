@@ -131,6 +131,8 @@ class OpenAIEngine:
 
     @contextmanager
     def _translated(self, *, connecting: bool = False) -> Iterator[None]:
+        if connecting and self._client.is_closed():
+            raise EngineUnreachableError("the engine was closed", engine=self._spec.name)
         try:
             yield
         except (

@@ -172,6 +172,8 @@ class OllamaEngine:
 
     @contextmanager
     def _translated(self, *, connecting: bool = False) -> Iterator[None]:
+        if connecting and self._client.is_closed:
+            raise EngineUnreachableError("the engine was closed", engine=self._spec.name)
         try:
             yield
         # The client reads an answer's JSON as it comes: one of another shape is a ValueError
@@ -209,6 +211,11 @@ class _Client(ollama.AsyncClient):
             trust_env=False,
             follow_redirects=False,
         )
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed; to use it then is a RuntimeError."""
+        return bool(self._client.is_closed)
 
     async def lines(self, body: JSONObject) -> AsyncGenerator[ollama.ChatResponse, None]:
         """The lines of a streamed chat."""

@@ -88,9 +88,12 @@ class ScriptedEngine:
         self._turns = [0] * (len(self._rules) + 1)
         self._asked = 0
         self._residency: Residency = "unloaded"
+        self._closed = False
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
         """The next scripted answer."""
+        if self._closed:
+            raise EngineUnreachableError("the engine was closed", engine=self._spec.name)
         self.requests.append(request)
         self._asked += 1
         self._residency = "loaded"
@@ -138,7 +141,8 @@ class ScriptedEngine:
         self._residency = "unloaded"
 
     async def aclose(self) -> None:
-        """Nothing is held."""
+        """Answer nothing more."""
+        self._closed = True
 
     def _next(self, prompt: str) -> tuple[ScriptedReply, str]:
         index, reply = next(
