@@ -80,30 +80,46 @@ def answers(packet: TaskPacket) -> str:
 
 
 def shown_examples(packet: TaskPacket) -> tuple[str, ...]:
-    """The examples that the task gives, as a prompt shows them."""
-    given = packet.payload.get("examples")
-    if not isinstance(given, list):
-        return ()
-    return tuple(assertion(str(example)) or str(example).strip() for example in given if str(example).strip())
+    """The examples that the task gives, as a prompt shows them: those that cannot be run as well."""
+    found: list[str] = []
+    for example in _given_examples(packet):
+        found += assertions(example) or (example,)
+    return tuple(found)
 
 
 def anchors(packet: TaskPacket) -> tuple[str, ...]:
-    """The examples that can be run as assertions."""
-    return tuple(found for example in shown_examples(packet) if (found := assertion(example)))
+    """The examples that can be run, one assert statement each."""
+    return tuple(found for example in _given_examples(packet) for found in assertions(example))
 
 
-def assertion(example: str) -> str:
-    """`example` as an assert statement, "" when it is none: `f(1) == 2` is read as `assert f(1) == 2`."""
+def unusable_examples(packet: TaskPacket) -> tuple[str, ...]:
+    """The examples that cannot be run; somebody should be told."""
+    return tuple(example for example in _given_examples(packet) if not assertions(example))
+
+
+def assertions(example: str) -> tuple[str, ...]:
+    """The assert statements that `example` is; `f(1) == 2` is read as one. () where it is more or less.
+
+    Imports beside them are left out: the runner brings what tests need of the standard library.
+    """
     text = example.strip()
     try:
         body = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ""
-    if any(isinstance(statement, ast.Assert) for statement in body):
-        return text
-    if len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Compare):
-        return f"assert {text}"
-    return ""
+        return ()
+    match body:
+        case [ast.Assert()]:
+            return (text,)
+        case [ast.Expr(value=ast.Compare())]:
+            return (f"assert {text}",)
+    if all(isinstance(statement, ast.Assert | ast.Import | ast.ImportFrom) for statement in body):
+        return tuple(ast.unparse(statement) for statement in body if isinstance(statement, ast.Assert))
+    return ()
+
+
+def _given_examples(packet: TaskPacket) -> tuple[str, ...]:
+    given = packet.payload.get("examples")
+    return tuple(str(e).strip() for e in given if str(e).strip()) if isinstance(given, list) else ()
 
 
 def entry_point(packet: TaskPacket) -> str:
@@ -163,7 +179,8 @@ def failure(packet: TaskPacket, draft: Draft) -> Failure:
     """What `draft` failed; where no test says, what was last said against it."""
     report = draft.report
     test = report.failing[0] if report and report.failing else ""
-    detail = report.detail if report else ""
+    # The runner's detail begins with the test itself.
+    detail = report.detail.removeprefix(test).strip() if report else ""
     if not test and not detail:
         detail = _last_complaint(packet)
     return Failure(test=test, detail=detail[-SHOWN_CHARS:])

@@ -1,11 +1,10 @@
 """Tests that QA's LLM wrote, seen as claims: which can be run at all, and what each one says. Pure."""
 
 import ast
-import builtins
 
 import msgspec
 
-from ai_agent_server.agents.developer._history import called_names
+from ai_agent_server.core.code_text import IMPORTS, undefined_names
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -50,18 +49,9 @@ def runnable(tests: tuple[str, ...], entry_point: str, anchors: tuple[str, ...])
 
 
 def _says_something(test: str, entry_point: str) -> bool:
-    found = _asserted(test)
-    if found is None:
-        return False
     root = entry_point.partition(".")[0]
-    stored = {n.id for n in ast.walk(found) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    stored |= {n.arg for n in ast.walk(found) if isinstance(n, ast.arg)}
-    loaded = {n.id for n in ast.walk(found) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    unknown = {name for name in loaded - stored - {root} if not hasattr(builtins, name)}
-    if unknown or root not in loaded:
-        return False
-    said = claim(test)
-    return root not in called_names(said.value)
+    unknown = undefined_names(test) - IMPORTS.keys()
+    return unknown == {root} and root not in undefined_names(claim(test).value)
 
 
 def _argument_counts(test: str, entry_point: str) -> set[int]:

@@ -43,6 +43,8 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True):
     dropped: tuple[str, ...] = ()
     confirmed: tuple[str, ...] = ()
     disputed: tuple[str, ...] = ()
+    unusable_examples: tuple[str, ...] = ()
+    """Examples of the task that are no assertions: nothing was held to them."""
 
 
 class QAAgent:
@@ -102,7 +104,11 @@ class QAAgent:
         name = fields["entry_point"]
         written = usable_tests(reply.text, name.rpartition(".")[2])
         kept = runnable(written, name, anchors)
-        return Suite(tests=kept, dropped=tuple(test for test in written if test not in kept))
+        return Suite(
+            tests=kept,
+            dropped=tuple(test for test in written if test not in kept),
+            unusable_examples=_history.unusable_examples(context.packet),
+        )
 
     async def _look_again(self, context: AgentContext, suite: Suite) -> Suite:
         """The disputed expectations derived once more, the earlier answers out of sight."""
@@ -117,10 +123,12 @@ class QAAgent:
         gone = tuple(test for test in suite.disputed if test not in confirmed)
         # Confirmed first: the first failing test is what debug is shown.
         kept = (*suite.confirmed, *confirmed)
-        return Suite(
+        return msgspec.structs.replace(
+            suite,
             tests=(*kept, *(test for test in suite.tests if test not in kept and test not in gone)),
             dropped=(*suite.dropped, *gone),
             confirmed=kept,
+            disputed=(),
         )
 
     async def _review(self, context: AgentContext) -> Outcome:
@@ -150,7 +158,7 @@ def judge(suite: Suite, anchors: tuple[str, ...], report: TestReport) -> Outcome
     anchors_hold = report.anchors_passed == report.anchors_total
     doubtful = tuple(test for test in report.failing if test not in suite.confirmed and test not in anchors)
     only_doubtful = bool(doubtful) and len(doubtful) == len(report.failing)
-    if anchors_hold and only_doubtful and report.verdict == "fail":
+    if anchors_hold and only_doubtful:
         suite = msgspec.structs.replace(suite, disputed=doubtful)
         report = msgspec.structs.replace(report, disputed=doubtful)
         why = f"{shown}; {len(doubtful)} to be derived again"
@@ -159,8 +167,7 @@ def judge(suite: Suite, anchors: tuple[str, ...], report: TestReport) -> Outcome
 
 
 def _output(suite: Suite) -> JSONObject:
-    found: JSONObject = msgspec.to_builtins(suite)
-    return found
+    return {name: list(tests) for name, tests in msgspec.structs.asdict(suite).items()}
 
 
 def _kept(packet: TaskPacket, role: str) -> Suite | None:
@@ -187,7 +194,8 @@ def _with_outside_tests(suite: Suite, packet: TaskPacket, role: str) -> Suite:
 def _reported(packet: TaskPacket, role: str) -> Iterator[str]:
     for event in packet.history:
         if isinstance(event, FeedbackReceived) and event.role == role and event.report is not None:
-            yield from (found for test in event.report.failing if (found := _history.assertion(test)))
+            for test in event.report.failing:
+                yield from _history.assertions(test)
 
 
 def _options(context: AgentContext) -> QAAgent.Options:
