@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from math import isfinite
 
 from ai_agent_server.errors import (
     ContextOverflowError,
@@ -80,17 +81,15 @@ def short(problem: str, secret: str | None) -> str:
 
 def retry_after_s(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
     """What `Retry-After-Ms` or `Retry-After` (seconds or a date, RFC 9110) asks for."""
+    for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            asked_s = float(headers.get(name, "")) / per_second
+        except ValueError:
+            continue
+        if isfinite(asked_s):
+            return max(0.0, asked_s)
     try:
-        return max(0.0, float(headers["retry-after-ms"]) / 1000)
-    except (KeyError, ValueError):
-        pass
-    asked = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(asked))
-    except ValueError:
-        pass
-    try:
-        until = parsedate_to_datetime(asked)
+        until = parsedate_to_datetime(headers.get("retry-after", ""))
     except ValueError:
         return None
     if until.tzinfo is None:

@@ -1,6 +1,6 @@
 """OpenAI, and every server that speaks its chat completions, through the `openai` client."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Literal
@@ -74,7 +74,7 @@ class OpenAIEngine:
         self._client.organization, self._client.project = options.organization, options.project
         self._client.admin_api_key = None
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`."""
         name, secret = self._spec.name, self._spec.api_key
         pace = Pace(self._spec.timeouts, name)

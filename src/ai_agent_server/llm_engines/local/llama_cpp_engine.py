@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,7 +58,7 @@ class LlamaCppEngine:
         self._loading: asyncio.Task[_Child] | None = None
         self._closed = False
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`; loads the model first where it is not in memory."""
         child = await self._ready()
         # An agent's turn may be repeated to the letter: the prefix is kept in the slot.

@@ -1,6 +1,6 @@
 """A running llama-server, by its URL."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Literal
 
@@ -63,7 +63,7 @@ class LlamaServerEngine:
             api_key=spec.api_key,
         )
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`."""
         extra = {"cache_prompt": self._options.prompt_cache == "on"}
         async with aclosing(self._http.stream(request, self._spec.model, extra)) as deltas:

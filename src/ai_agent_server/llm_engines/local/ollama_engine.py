@@ -1,6 +1,6 @@
 """Ollama, through the `ollama` client."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, cast
 
@@ -56,7 +56,7 @@ class OllamaEngine:
         self._spec, self._options = spec, options
         self._client = _Client(spec, options.base_url)
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`. Ollama cannot be told to call a tool: where it must, a grammar holds it to it."""
         if request.tools and request.tool_choice == "required":
             deltas = tools_by_schema.stream(request, self._stream, engine=self._spec.name)

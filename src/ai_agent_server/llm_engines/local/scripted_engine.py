@@ -5,7 +5,7 @@ For tests and benchmarks. Nothing uses it unless a configuration names it.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Literal, assert_never
 
 import msgspec
@@ -90,7 +90,7 @@ class ScriptedEngine:
         self._residency: Residency = "unloaded"
         self._closed = False
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[ChatDelta]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """The next scripted answer."""
         if self._closed:
             raise EngineUnreachableError("the engine was closed", engine=self._spec.name)
