@@ -1,0 +1,102 @@
+"""What makes bytes safe on a disk, and the words for when it fails. Blocking; for threads."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ai_agent_server.errors import StoreFullError, StoreUnusableError
+
+TEMPORARY = ".tmp"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+# EFBIG is a limit on file size (ulimit -f): as for a quota, what helps is space.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@contextmanager
+def translated(path: Path | str) -> Iterator[None]:
+    """Turn what the system says about `path` into the store's errors."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in _FULL:
+            raise StoreFullError(f"no space left for {path}: {exc.strerror}") from exc
+        raise StoreUnusableError(f"{path}: {exc.strerror}") from exc
+
+
+def place(path: Path, content: bytes) -> None:
+    """Put `content` at `path` whole, or leave there what was. It survives a crash after `sync_folder`.
+
+    The folder is made where it is missing. Raises `OSError`; the temporary file is gone then.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        try:
+            descriptor = os.open(temporary, _NEW, 0o600)
+        except FileNotFoundError:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            sync_folder(path.parent.parent)
+            descriptor = os.open(temporary, _NEW, 0o600)
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.rename(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove `path` for good. Raises `OSError`."""
+    path.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed or removed in `folder` survive a crash. Raises `OSError`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FolderLock:
+    """A folder that one server has at a time: `lock`, with the owner's pid in it."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / "lock"
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Raises `StoreUnusableError` that names the owner, or says why there is no lock."""
+        with translated(self._path):
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            except BlockingIOError as exc:
+                owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+                os.close(descriptor)
+                raise StoreUnusableError(
+                    f"{self._path.parent} is in use by another server (pid {owner or 'unknown'}); "
+                    "stop it, or give this one a state folder of its own"
+                ) from exc
+            except OSError:
+                os.close(descriptor)
+                raise
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let go. The file stays: removing it would let two servers each lock a file of their own."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -1,0 +1,271 @@
+"""A task store of one JSON file per task, safe on disk before anyone is told. The files are the truth."""
+
+import asyncio
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, summary
+from ai_agent_server.errors import StoreError, StoreUnusableError
+from ai_agent_server.tasks_state._files import Written
+from ai_agent_server.tasks_state._folder import Stored, TaskFolder
+from ai_agent_server.tasks_state._index import TaskIndex, first_state, is_canonical, next_state
+from ai_agent_server.tasks_state.base import StoreHealth, TaskFilter, TaskPage
+
+__all__ = ("JsonFileStore",)
+
+_T = TypeVar("_T")
+_WRITERS = 2
+_READERS = 2
+
+log = structlog.get_logger(__name__)
+
+
+class _Job(msgspec.Struct, kw_only=True, eq=False):
+    """One change of one task's file: `work` runs in a writer, then `publish` and `done` on the loop."""
+
+    task_id: str
+    key: str | None
+    work: Callable[[], Written | None]
+    publish: Callable[[Written | None], None]
+    done: "asyncio.Future[BaseException | None]"
+    written: Written | None = None
+    problem: BaseException | None = None
+
+
+class JsonFileStore:
+    """Task files below `root`: `tasks_state/<shard>/<task_id>.json`, large objects in `blobs/`.
+
+    A file is written whole to a temporary one beside it, fsynced, renamed, and its folder fsynced,
+    in one of a few writer threads; only then is the new state in memory and answered. At most one
+    write of a task is under way, so the queue to the writers is never longer than there are live
+    tasks. A write belongs to the store, not to the one who waits for it: who is cancelled leaves a
+    write that still ends, and that memory takes note of.
+
+    Summaries of all tasks and the packets of live ones are in memory; ended tasks are read back from
+    their files. `root` is held by a lock: one server at a time.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._folder = TaskFolder(root)
+        self._index = TaskIndex()
+        self._live: dict[str, Stored] = {}
+        self._corrupt = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        self._writers: list[threading.Thread] = []
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._finished: deque[_Job] = deque()
+        self._woken = False
+        self._under_way: dict[str, _Job] = {}
+        self._keys_under_way: dict[str, _Job] = {}
+
+    async def open(self) -> None:
+        """Take hold of the folder and read what is in it.
+
+        What is no task is moved to `corrupt/`, never overwritten. Raises `StoreUnusableError`.
+        """
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="task-reader")
+        try:
+            found = await self._in_reader(self._folder.open)
+        except BaseException:
+            self._let_go()
+            raise
+        self._index.fill(found.summaries)
+        self._live = {live.packet.task_id: live for live in found.live}
+        self._corrupt = found.corrupt
+        self._loop = asyncio.get_running_loop()
+        # Daemons: should the loop die without `aclose`, the process still ends, as by a kill.
+        self._writers = [
+            threading.Thread(target=self._write_on, args=(self._loop,), name="task-writer", daemon=True)
+            for _ in range(_WRITERS)
+        ]
+        for writer in self._writers:
+            writer.start()
+        log.info(
+            "store.opened",
+            root=str(self._folder.root),
+            tasks=len(self._index),
+            live=len(self._live),
+            corrupt=self._corrupt,
+        )
+
+    async def create(self, packet: TaskPacket, events: Sequence[TaskEvent]) -> tuple[TaskPacket, bool]:
+        """Keep a new task, or answer the earlier one. See the port."""
+        key = packet.idempotency_key
+        while True:
+            earlier = self._index.earlier(packet)
+            if earlier is not None:
+                return await self.read(earlier), False
+            rival = self._under_way.get(packet.task_id)
+            if rival is None and key is not None:
+                rival = self._keys_under_way.get(key)
+            if rival is None:
+                break
+            await asyncio.shield(rival.done)
+        first = first_state(packet, events)
+        await self._change(
+            packet.task_id, partial(self._folder.write, first, None), partial(self._publish, first), key=key
+        )
+        return first, True
+
+    async def read(self, task_id: str) -> TaskPacket:
+        """The task as it is: from memory while it lives, from its file when it has ended."""
+        live = self._live.get(task_id)
+        if live is not None:
+            return live.packet
+        self._index.get(task_id)
+        return await self._in_reader(partial(self._folder.read, task_id))
+
+    async def append(
+        self, task_id: str, events: Sequence[TaskEvent], *, expected_revision: int
+    ) -> TaskPacket:
+        """Fold `events` into the task, durably and all at once. See the port."""
+        await self._idle(task_id)
+        live = self._live.get(task_id)
+        if live is None:
+            return next_state(await self.read(task_id), events, expected_revision)
+        changed = next_state(live.packet, events, expected_revision)
+        if changed.revision == live.packet.revision:
+            return changed
+        await self._change(
+            task_id, partial(self._folder.write, changed, live.written), partial(self._publish, changed)
+        )
+        return changed
+
+    async def list(self, where: TaskFilter, *, limit: int, cursor: str | None = None) -> TaskPage:
+        """A page of summaries, newest first; a cursor stays good while tasks come and go."""
+        return self._index.page(where, limit=limit, cursor=cursor)
+
+    def counts(self) -> dict[TaskStatus, int]:
+        """How many tasks have each status."""
+        return self._index.counts()
+
+    async def live(self) -> tuple[str, ...]:
+        """The ids of the tasks that have not ended, oldest first."""
+        return self._index.live()
+
+    async def delete(self, task_id: str) -> None:
+        """Remove an ended task's file, and the blobs that no other task uses."""
+        await self._idle(task_id)
+        self._index.ended(task_id)
+        await self._change(
+            task_id, partial(self._folder.remove, task_id), lambda _written: self._index.remove(task_id)
+        )
+
+    def location(self, task_id: str) -> str:
+        """The task's file, "" for what is no task id."""
+        return str(self._folder.path(task_id)) if is_canonical(task_id) else ""
+
+    async def health(self) -> StoreHealth:
+        """Whether a write would work now, found by writing."""
+        detail, free_bytes = "", None
+        try:
+            free_bytes = await self._in_reader(self._folder.probe)
+        except StoreError as exc:
+            detail = str(exc)
+        return StoreHealth(
+            kind="json_file_store",
+            ok=not detail,
+            location=str(self._folder.root),
+            tasks=len(self._index),
+            free_bytes=free_bytes,
+            corrupt=self._corrupt,
+            detail=detail,
+        )
+
+    async def aclose(self) -> None:
+        """End every write under way, then let go of the folder."""
+        self._loop = None
+        while self._under_way:
+            await asyncio.wait([job.done for job in self._under_way.values()])
+        writers, self._writers = self._writers, []
+        for _ in writers:
+            self._jobs.put(None)
+        if writers:
+            await self._in_reader(partial(_join, writers))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._readers is not None:
+            self._readers.shutdown(wait=False)
+            self._readers = None
+        self._folder.close()
+
+    async def _in_reader(self, work: Callable[[], _T]) -> _T:
+        if self._readers is None:
+            raise self._closed()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+
+    async def _idle(self, task_id: str) -> None:
+        while (job := self._under_way.get(task_id)) is not None:
+            await asyncio.shield(job.done)
+
+    async def _change(
+        self,
+        task_id: str,
+        work: Callable[[], Written | None],
+        publish: Callable[[Written | None], None],
+        *,
+        key: str | None = None,
+    ) -> None:
+        if self._loop is None:
+            raise self._closed()
+        job = _Job(task_id=task_id, key=key, work=work, publish=publish, done=self._loop.create_future())
+        self._under_way[task_id] = job
+        if key is not None:
+            self._keys_under_way[key] = job
+        self._jobs.put(job)
+        # `done` answers the problem instead of raising it: with the asker gone, nobody fetches it.
+        problem = await asyncio.shield(job.done)
+        if problem is not None:
+            raise problem
+
+    def _drain(self) -> None:
+        self._woken = False
+        while self._finished:
+            job = self._finished.popleft()
+            del self._under_way[job.task_id]
+            if job.key is not None:
+                del self._keys_under_way[job.key]
+            if job.problem is None:
+                job.publish(job.written)
+            job.done.set_result(job.problem)
+
+    def _publish(self, packet: TaskPacket, written: Written | None) -> None:
+        self._index.put(summary(packet))
+        if packet.status.is_final:
+            self._live.pop(packet.task_id, None)
+        elif written is not None:
+            self._live[packet.task_id] = Stored(packet=packet, written=written)
+
+    def _closed(self) -> StoreUnusableError:
+        return StoreUnusableError(f"{self._folder.root} is not open")
+
+    def _write_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A writer thread's whole life."""
+        while (job := self._jobs.get()) is not None:
+            try:
+                job.written = job.work()
+            except Exception as exc:  # noqa: BLE001  (a worker's loop: it is raised where it was asked for)
+                job.problem = exc
+            self._finished.append(job)
+            # One wake-up for all that ends before the loop gets to it.
+            if not self._woken:
+                self._woken = True
+                with suppress(RuntimeError):  # the loop is closed: nobody waits
+                    loop.call_soon_threadsafe(self._drain)
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join()
