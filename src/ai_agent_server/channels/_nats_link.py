@@ -96,6 +96,27 @@ async def translated(doing: str) -> AsyncIterator[None]:
         raise ChannelError(f"{doing}: {_told(exc)}") from exc
 
 
+async def apart(work: Coroutine[Any, Any, T], lost: "asyncio.Future[None]", timeout_s: float | None) -> T:
+    """The result of `work`, in a task of its own. Raises `ConnectionClosedError` and `TimeoutError`.
+
+    nats-py leaves the requests of a dead connection waiting: this ends them when it is `lost`. And
+    it waits in `asyncio.wait_for`, which in Python 3.11 forgets a cancellation that comes together
+    with the answer: this does not.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task, lost), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if lost.done():
+            raise ConnectionClosedError
+        raise TimeoutError
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
 def _told(exc: BaseException) -> str:
     return str(exc) or type(exc).__name__
 
@@ -125,22 +146,8 @@ class Session:
         await asyncio.shield(self._lost)
 
     async def or_lost(self, work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
-        """The result of `work`; nats-py leaves requests of a dead connection waiting, this does not.
-
-        Raises `ConnectionClosedError` and `TimeoutError`.
-        """
-        task = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait((task, self._lost), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            if self._lost.done():
-                raise ConnectionClosedError
-            raise TimeoutError
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait((task,))
+        """The result of `work`, if the connection lives as long; see `apart`."""
+        return await apart(work, self._lost, timeout_s)
 
     async def ensure_streams(self) -> None:
         """Create the streams that are missing, and bring the others up to the layout."""
@@ -251,28 +258,29 @@ class Link:
         async def on_error(exc: Exception) -> None:
             log.debug("channel.nats_error", problem=_told(exc))
 
+        connecting = client.connect(
+            self._servers,
+            name=self._name,
+            allow_reconnect=False,
+            max_reconnect_attempts=1,
+            reconnect_time_wait=0,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            ping_interval=PING_INTERVAL_S,
+            max_outstanding_pings=1,
+            error_cb=on_error,
+            disconnected_cb=on_lost,
+            closed_cb=on_lost,
+            **self._login,
+        )
         session: Session | None = None
         problem = ""
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_S):
-                await client.connect(
-                    self._servers,
-                    name=self._name,
-                    allow_reconnect=False,
-                    max_reconnect_attempts=1,
-                    reconnect_time_wait=0,
-                    connect_timeout=CONNECT_TIMEOUT_S,
-                    ping_interval=PING_INTERVAL_S,
-                    max_outstanding_pings=1,
-                    error_cb=on_error,
-                    disconnected_cb=on_lost,
-                    closed_cb=on_lost,
-                    **self._login,
-                )
-                opened = Session(client, lost)
-                await opened.ensure_streams()
-                self.version = str(client.connected_server_version)
-                session = opened
+            await apart(connecting, lost, OPEN_TIMEOUT_S)
+            opened = Session(client, lost)
+            await opened.or_lost(opened.ensure_streams(), OPEN_TIMEOUT_S)
+            version = client.connected_server_version
+            self.version = f"{version.major}.{version.minor}.{version.patch}"
+            session = opened
         except (Error, OSError, TimeoutError) as exc:
             problem = _told(exc)
         finally:

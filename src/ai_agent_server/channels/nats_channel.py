@@ -13,7 +13,14 @@ from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import NoStreamResponseError
 
-from ai_agent_server.channels._nats_link import REQUEST_TIMEOUT_S, Link, Session, stream_of, translated
+from ai_agent_server.channels._nats_link import (
+    OPEN_TIMEOUT_S,
+    REQUEST_TIMEOUT_S,
+    Link,
+    Session,
+    stream_of,
+    translated,
+)
 from ai_agent_server.channels.base import ChannelHealth, ChannelState, Delivery
 from ai_agent_server.errors import ChannelClosedError, ChannelError, MessageTooLargeError
 
@@ -80,7 +87,7 @@ class NatsChannel:
             try:
                 await self._publish(session, subject, body, dedupe_id)
             except NoStreamResponseError:
-                await session.ensure_streams()
+                await session.or_lost(session.ensure_streams(), OPEN_TIMEOUT_S)
                 await self._publish(session, subject, body, dedupe_id)
 
     async def _publish(self, session: Session, subject: str, body: bytes, dedupe_id: str) -> None:
@@ -173,8 +180,9 @@ class _Subscription:
             await asyncio.sleep(REBUILD_PAUSE_S)
 
     async def _pull(self, session: Session) -> None:
-        await session.ensure_streams()
-        await session.jetstream.add_consumer(self._stream, self._wanted_consumer())
+        await session.or_lost(session.ensure_streams(), OPEN_TIMEOUT_S)
+        wanted = session.jetstream.add_consumer(self._stream, self._wanted_consumer())
+        await session.or_lost(wanted, REQUEST_TIMEOUT_S)
         request = _PullRequest()
 
         async def on_message(message: Msg) -> None:

@@ -70,9 +70,6 @@ MAX_FAILURES = 5
 """How often a message may fail for a reason that is not its own before it is a dead letter."""
 MAX_REMEMBERED = 4096
 MAX_HELD_PACKETS = 64
-STORE_RETRY_S = 5.0
-FAILED_RETRY_S = 1.0
-CHANNEL_RETRY_S = 0.5
 DEAD_BODY_BYTES = 64 * 1024
 BULKY_BYTES = 4 * 1024
 PAGE = 100
@@ -181,7 +178,8 @@ class McpHandler:
 
     While the transport is away it remembers which tasks have unpublished events, never the events:
     those are read again from the engine. `state_path` is a small file that tells the next run where
-    to go on. `metrics` is the snapshot to publish.
+    to go on. `metrics` is the snapshot to publish. A store or a transport that failed is asked again
+    after `retry_s`.
     """
 
     def __init__(
@@ -193,6 +191,7 @@ class McpHandler:
         metrics: Callable[[], bytes],
         metrics_interval_s: float,
         state_path: Path,
+        retry_s: float = 1.0,
         shutdown_s: float = 10.0,
     ) -> None:
         self._engine = engine
@@ -200,8 +199,9 @@ class McpHandler:
         self._clock = clock
         self._metrics = metrics
         self._metrics_interval_s = metrics_interval_s
+        self._retry_s = retry_s
         self._shutdown_s = shutdown_s
-        self._outbox = _Outbox(engine, channel, clock=clock, state_path=state_path)
+        self._outbox = _Outbox(engine, channel, clock=clock, state_path=state_path, retry_s=retry_s)
         self._stopping = asyncio.Event()
         self._readers: set[asyncio.Timeout] = set()
         self._task: asyncio.Task[None] | None = None
@@ -322,7 +322,7 @@ class McpHandler:
         except (IntakeFullError, ShuttingDownError) as exc:
             await self._later(delivery, exc.retry_after_s, "full")
         except StoreFullError:
-            await self._later(delivery, STORE_RETRY_S, "store full")
+            await self._later(delivery, self._retry_s, "store full")
         except IntakeError as exc:
             await self._dead_letter(delivery, exc)
         except AgentServerError as exc:
@@ -349,7 +349,7 @@ class McpHandler:
         except ShuttingDownError as exc:
             await self._later(delivery, exc.retry_after_s, "stopping")
         except StoreFullError:
-            await self._later(delivery, STORE_RETRY_S, "store full")
+            await self._later(delivery, self._retry_s, "store full")
         except (IntakeError, TaskNotFoundError, InvalidTransitionError) as exc:
             await self._dead_letter(delivery, exc)
         except AgentServerError as exc:
@@ -372,7 +372,7 @@ class McpHandler:
             return
         self._failures.put(delivery.dedupe_id, value=failures)
         log.warning("mcp.failed", subject=delivery.subject, failures=failures, problem=str(exc))
-        await delivery.nak(FAILED_RETRY_S)
+        await delivery.nak(self._retry_s)
 
     async def _dead_letter(self, delivery: Delivery, exc: AgentServerError) -> None:
         letter = dead_letter(delivery.subject, delivery.body, exc, received_at=self._clock())
@@ -381,7 +381,7 @@ class McpHandler:
                 DEAD_LETTERS, msgspec.json.encode(letter), dedupe_id=f"dlq:{delivery.dedupe_id}"
             )
         except ChannelError:
-            await delivery.nak(FAILED_RETRY_S)
+            await delivery.nak(self._retry_s)
             return
         self._dead += 1
         log.warning("mcp.dead_letter", subject=delivery.subject, reason=letter.reason, pointer=letter.pointer)
@@ -408,12 +408,19 @@ class _Outbox:
     """The events that are not published yet: per task, the next one to go."""
 
     def __init__(
-        self, engine: Orchestration, channel: Channel, *, clock: Callable[[], datetime], state_path: Path
+        self,
+        engine: Orchestration,
+        channel: Channel,
+        *,
+        clock: Callable[[], datetime],
+        state_path: Path,
+        retry_s: float,
     ) -> None:
         self._engine = engine
         self._channel = channel
         self._clock = clock
         self._path = state_path
+        self._retry_s = retry_s
         self._positions: dict[str, _Position] = {}
         self._packets: dict[str, TaskPacket] = {}
         """The newest packet of some tasks in `_positions`: it spares a read while we keep up."""
@@ -445,12 +452,12 @@ class _Outbox:
         self._stir()
 
     async def load(self) -> None:
-        """Find the tasks that changed since an earlier run had published all there was."""
-        mark = await asyncio.to_thread(_read_mark, self._path)
-        if mark is None:
-            await self._write_mark()
-            return
-        self._mark = self._last_event_at = mark
+        """Find the tasks that changed since an earlier run had published all there was.
+
+        The first run of all begins where its own mark will: what is older is nobody's to publish.
+        """
+        mark = await asyncio.to_thread(_read_mark, self._path) or self._clock() - MARK_SLACK
+        self._last_event_at = mark
         cursor: str | None = None
         found = 0
         while True:
@@ -478,13 +485,13 @@ class _Outbox:
                 await self._send_task(task_id, self._positions[task_id])
             except ChannelError as exc:
                 log.debug("mcp.unpublished", task_id=task_id, problem=str(exc))
-                await asyncio.sleep(CHANNEL_RETRY_S)
+                await asyncio.sleep(self._retry_s)
             except (TaskStateError, CorruptTaskError) as exc:
                 log.info("mcp.events_dropped", task_id=task_id, problem=str(exc))
                 self._done(task_id)
             except StoreError as exc:
                 log.warning("mcp.unreadable", task_id=task_id, problem=str(exc))
-                await asyncio.sleep(STORE_RETRY_S)
+                await asyncio.sleep(self._retry_s)
             except Exception:
                 # A fault of ours with this task's events: the other tasks' must still go out.
                 log.exception("mcp.fault", task_id=task_id)
