@@ -1,6 +1,7 @@
 """An agent's surroundings by hand: a scripted `chat` that keeps what was sent, a packet with history."""
 
 import asyncio
+import functools
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import resources
@@ -10,7 +11,7 @@ import msgspec
 
 from ai_agent_server import agents, discovery
 from ai_agent_server.agents.base import Agent, AgentContext, Outcome, RoleSpec
-from ai_agent_server.config.settings import load
+from ai_agent_server.config.settings import Settings, load
 from ai_agent_server.core.chat import ChatReply, ChatRequest, FinishReason, JSONObject
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
@@ -54,9 +55,15 @@ async def no_file(path: str) -> bytes:
     raise InvalidPacketError(f"{path} is not under an allowed folder", pointer="/payload/image")
 
 
+@functools.cache
+def packaged() -> Settings:
+    """The packaged configuration, read once."""
+    return load(None)
+
+
 def spec(profile: str, role: str, **changes: Any) -> RoleSpec:
     """A role as the packaged configuration has it."""
-    settings = load(None).profiles[profile].roles[role]
+    settings = packaged().profiles[profile].roles[role]
     file = resources.files("ai_agent_server.config") / "prompts" / profile / f"{role}.md"
     found = RoleSpec(
         profile=profile,

@@ -7,11 +7,10 @@ import pytest
 
 from ai_agent_server import agents, discovery
 from ai_agent_server.agents.base import Agent, AgentContext, RoleSpec
-from ai_agent_server.config.settings import load
 from ai_agent_server.core.chat import ChatReply, ChatRequest, FinishReason, JSONObject
 from ai_agent_server.errors import InvalidOutputError
 from ai_agent_server.sandbox.bubblewrap import Bubblewrap
-from tests.agent_context import Chat, Task, no_file, spec
+from tests.agent_context import Chat, Task, no_file, packaged, spec
 
 PIXEL = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"\0" * 16).decode()
 PAYLOADS: dict[str, JSONObject] = {
@@ -59,7 +58,7 @@ def role_of(kind: str) -> RoleSpec:
     role = name.replace("_", "-")
     return (
         spec(profile, role)
-        if role in load(None).profiles[profile].roles
+        if role in packaged().profiles[profile].roles
         else RoleSpec(profile=profile, role=role)
     )
 
