@@ -181,9 +181,10 @@ class _Child:
 
     @classmethod
     async def start(cls, spec: EngineSpec) -> "_Child":
-        # -P: a json.py in the working directory is not the standard library's.
+        # -P: a json.py in the working directory is not the standard library's. A session of its own:
+        # Ctrl-C is for the server, which lets a running step finish.
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", CHILD, stdin=PIPE, stdout=PIPE, stderr=PIPE
+            sys.executable, "-P", "-m", CHILD, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
         )
         return cls(process, spec)
 
