@@ -32,7 +32,7 @@ from ai_agent_server.discovery import implementation
 from ai_agent_server.errors import ConfigurationError
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 from ai_agent_server.sandbox.base import SandboxProbe
-from ai_agent_server.sandbox.choose import choose_sandbox
+from ai_agent_server.sandbox._choose import choose_sandbox
 from ai_agent_server.tasks_state.base import StoreHealth, TaskStore
 
 events = structlog.get_logger(__name__)

@@ -549,7 +549,11 @@ class OrchestrationEngine:
             pending = []
             if not isinstance(action, RunStep) or self._draining:
                 return
-            pending = [await self._step(packet, profile, action)]
+            finished = await self._step(packet, profile, action)
+            if self._draining and finished.outcome in {"unavailable", "error"}:
+                # The engines are stopping with us; the next start takes the step up again.
+                return
+            pending = [finished]
 
     def _taken(self, packet: TaskPacket) -> Started | Recovered:
         generation = packet.generation + 1
