@@ -362,6 +362,42 @@ async def test_an_open_circuit_lets_exactly_one_request_probe() -> None:
     assert view_of(engine, "a").circuit == "closed"
 
 
+async def test_who_waited_before_the_circuit_opened_is_served_after_its_cooldown() -> None:
+    line = LineEngine(EngineFailedError("500"), ANSWER)
+    line.hold.clear()
+    settings = BalancerSettings(
+        circuit=CircuitSettings(failures=1, cooldown_s=0.05), retry=RetrySettings(attempts=1), max_wait_s=3600
+    )
+    engine = balanced({"a": (LOCAL, line)}, settings=settings)
+    running = asyncio.create_task(chat(engine, asking()))
+    await until(lambda: line.running == 1)
+    waiting = asyncio.create_task(chat(engine, asking()))
+    await until(lambda: engine.waiting == 1)
+    line.hold.set()
+    with pytest.raises(NoLLMError):
+        await running
+    async with asyncio.timeout(DEADLINE_S):
+        assert (await waiting).text == "four"
+
+
+async def test_who_waits_is_told_when_a_retry_after_ends_all_hope() -> None:
+    line = LineEngine(EngineBusyError("quota", retry_after_s=100_000.0))
+    line.hold.clear()
+    settings = msgspec.structs.replace(SETTINGS, max_wait_s=3600.0)
+    engine = balanced({"a": (LOCAL, line)}, settings=settings)
+    running = asyncio.create_task(chat(engine, asking()))
+    await until(lambda: line.running == 1)
+    waiting = asyncio.create_task(chat(engine, asking()))
+    await until(lambda: engine.waiting == 1)
+    line.hold.set()
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(NoLLMError, match="quota"):
+            await running
+        with pytest.raises(NoLLMError, match="LB-9 circuit"):
+            await waiting
+    assert len(line.calls) == 1
+
+
 async def test_a_probe_whose_client_left_is_nobody_s_failure() -> None:
     skipped = SkippedTime()
     line = LineEngine(EngineBusyError("429", retry_after_s=100.0), ANSWER)
@@ -481,7 +517,10 @@ async def test_who_leaves_in_the_moment_of_being_served_gives_the_place_back() -
     waiting = asyncio.create_task(chat(engine, asking("1")))
     await until(lambda: engine.waiting == 1)
     running.cancel()
-    await until(lambda: engine.waiting == 0)
+    async with asyncio.timeout(DEADLINE_S):
+        while engine.waiting:
+            await asyncio.sleep(0)
+    assert len(line.calls) == 1, "the place is given, and not yet taken"
     waiting.cancel()
     await asyncio.gather(running, waiting, return_exceptions=True)
     line.hold.set()

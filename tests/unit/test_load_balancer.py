@@ -25,8 +25,8 @@ def changed(view: LLMView, **fields: object) -> LLMView:
 
 def refused_by(view: LLMView, wanted: Requirements, *others: LLMView) -> str | None:
     decision = decide(wanted, (view, *others), ResidentFirst(), strategy_name="resident_first")
-    (candidate,) = [each for each in decision.candidates if each.llm == view.name]
-    return candidate.refused_by
+    (refusal,) = [each.refused_by for each in decision.candidates if each.llm == view.name]
+    return refusal
 
 
 NAMED = Requirements(llm="local-small")
@@ -44,6 +44,7 @@ NAMED = Requirements(llm="local-small")
         (API, Requirements(privacy="local"), (), "LB-3 privacy"),
         (LOCAL, Requirements(privacy="local"), (), None),
         (API, NAMED, (LOCAL,), "LB-4 assignment"),
+        (changed(API, tier="small"), NAMED, (LOCAL,), "LB-4 assignment"),
         (API, NAMED, (changed(LOCAL, toggle=False),), "LB-4 assignment"),
         (changed(API, tier="small"), NAMED, (changed(LOCAL, toggle=False),), None),
         (changed(API, tier="small"), NAMED, (changed(LOCAL, circuit="open"),), None),

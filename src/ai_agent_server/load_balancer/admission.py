@@ -1,6 +1,7 @@
 """Places on LLMs: who gets one now, and the one line of those who wait, first come first served."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ class _Waiter:
     granted: asyncio.Future[Lease]
     target: str | None
     """The LLM whose slot it waits for; None while it waits for circuits."""
+    sleeper: asyncio.Future[Any] | None = None
+    wakes_s: float = 0.0
 
 
 class Admission:
@@ -127,17 +130,18 @@ class Admission:
             standing.circuit = circuit.abandoned(standing.circuit, probe=lease.probe)
         standing.in_flight -= 1
         lease.held.leave()
-        self.dispatch()
+        self.dispatch(changed=circuit.state(standing.circuit, self._clock()) == "open")
 
     def dispatch(self, *, changed: bool = False) -> None:
         """Give places to those who wait, in order.
 
-        With `changed` (toggles, configuration) those for whom there is no hope any more are told.
+        With `changed` (toggles, configuration, an open circuit) those for whom there is no hope any
+        more are told.
         """
         ahead: Counter[str | None] = Counter()
         for waiter in tuple(self._waiters):
             if not changed and not self._any_place():
-                return
+                break
             decision = self._decide(waiter.journey.wanted, self._views(ahead))
             hopeless = self._hopeless(waiter.journey, decision)
             if hopeless is not None:
@@ -150,6 +154,7 @@ class Admission:
                 continue
             waiter.target = decision.chosen
             ahead[waiter.target] += 1
+        self._rouse()
 
     def close(self) -> None:
         """End every wait and give out no more places."""
@@ -162,18 +167,30 @@ class Admission:
             now_s = self._clock()
             if now_s >= deadline_s:
                 return self._last_resort(waiter)
-            circuits = (standing.circuit for standing in self.standings.values())
-            cooldowns_s = (circuit.cooldown_s(each, now_s) for each in circuits)
-            pause_s = min((deadline_s - now_s, *(cooldown_s for cooldown_s in cooldowns_s if cooldown_s)))
-            sleeper: asyncio.Future[Any] = asyncio.ensure_future(self._sleep(pause_s))
+            waiter.wakes_s = min(deadline_s, self._next_half_open_s(now_s))
+            sleeper: asyncio.Future[Any] = asyncio.ensure_future(self._sleep(waiter.wakes_s - now_s))
+            waiter.sleeper = sleeper
             try:
                 await asyncio.wait((waiter.granted, sleeper), return_when=asyncio.FIRST_COMPLETED)
             finally:
+                waiter.sleeper = None
                 sleeper.cancel()
                 await asyncio.wait((sleeper,))
             if not waiter.granted.done():
                 self.dispatch()
         return waiter.granted.result()
+
+    def _rouse(self) -> None:
+        """Wake who would sleep past the next half-open circuit: it opened after they lay down."""
+        next_s = self._next_half_open_s(self._clock())
+        for waiter in self._waiters:
+            if waiter.sleeper is not None and waiter.wakes_s > next_s:
+                waiter.sleeper.cancel()
+
+    def _next_half_open_s(self, now_s: float) -> float:
+        """When the first of the open circuits is half open; never, where none is open."""
+        ends_s = (standing.circuit.open_until_s for standing in self.standings.values())
+        return min((end_s for end_s in ends_s if end_s is not None and end_s > now_s), default=math.inf)
 
     def _last_resort(self, waiter: _Waiter) -> Lease:
         """The wait is over: whoever may serve and has a place does, even one that ranks behind."""
