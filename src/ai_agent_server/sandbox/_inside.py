@@ -280,7 +280,8 @@ class _Run:
             fields = _stat(pid)
             if fields:
                 memory_kb += int(fields[21]) * _PAGE_KB
-                cpu_ms += (int(fields[11]) + int(fields[12])) * _TICK_MS
+                # its own, and that of the children it has waited for
+                cpu_ms += sum(map(int, fields[11:15])) * _TICK_MS
         self.memory_kb = max(self.memory_kb, memory_kb)
         if memory_kb > self.limits["memory_mb"] * 1024:
             raise _Stop("memory", f"{memory_kb // 1024} MiB in use by {len(pids)} processes")

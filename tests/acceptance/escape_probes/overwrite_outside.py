@@ -1,0 +1,8 @@
+"""Overwrites a file that all may write to."""
+
+import json
+import sys
+from pathlib import Path
+
+arena = json.loads(sys.argv[1])
+Path(arena["victim"]).write_text("overwritten")
