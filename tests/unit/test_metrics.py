@@ -99,7 +99,7 @@ def test_state_is_asked_at_each_snapshot(world: World) -> None:
     after = world.metrics.snapshot().state
 
     assert (before.queue_depth, before.running, before.live) == (3, 2, 5)
-    assert before.tasks == {**dict.fromkeys(TaskStatus, 0), "working": 2}
+    assert before.tasks == {status.value: 2 * (status == "working") for status in TaskStatus}
     assert (before.llms_up, after.llms_up, after.llms["embedded"].circuit) == (1, 0, "open")
     assert before.nats is not None
     assert after.nats is not None

@@ -11,6 +11,7 @@ import msgspec
 from ai_agent_server.config.settings import NAME_PATTERN, SCHEMA_ID
 from ai_agent_server.core.api_operations import (
     ADDRESS,
+    EVENT_STREAM,
     TAGS,
     TASK_ID,
     Answer,
@@ -138,7 +139,7 @@ def _operation(operation: Operation) -> JSONObject:
                         "examples": {
                             kind.slug: {
                                 "summary": kind.title,
-                                "value": msgspec.to_builtins(examples[kind.slug]),
+                                "value": _plain(examples[kind.slug]),
                             }
                             for kind in kinds
                         },
@@ -157,7 +158,7 @@ def _add_problem_beside(described: JSONObject, operation: Operation) -> None:
         for kind in problem_kinds(operation).get(answer.status, ()):
             described["responses"][str(answer.status)]["content"].setdefault(
                 PROBLEM_JSON,
-                {"schema": _ref(Problem), "example": msgspec.to_builtins(problem_examples()[kind.slug])},
+                {"schema": _ref(Problem), "example": _plain(problem_examples()[kind.slug])},
             )
 
 
@@ -186,13 +187,28 @@ def _answer(answer: Answer) -> JSONObject:
             }
             for header in answer.headers
         }
+    if answer.links_task:
+        described["links"] = {
+            operation_id: {"operationId": operation_id, "parameters": {"task_id": "$response.body#/task_id"}}
+            for operation_id in ("readTask", "followTask", "giveFeedback", "cancelTask", "deleteTask")
+        }
     if answer.kind is None and answer.media_type == JSON:
         return described
-    content: JSONObject = {"schema": {"type": "string"} if answer.kind is None else _ref(answer.kind)}
+    content: JSONObject = {}
+    if answer.kind is not None:
+        content["schema"] = _ref(answer.kind)
+    elif answer.media_type != EVENT_STREAM:
+        # What an event stream holds, OpenAPI 3.1 cannot say.
+        content["schema"] = {"type": "string"}
     if answer.example is not None:
-        content["example"] = msgspec.to_builtins(answer.example)
+        content["example"] = _plain(answer.example)
     described["content"] = {answer.media_type: content}
     return described
+
+
+def _plain(value: object) -> Any:
+    """`value` as JSON has it: a tuple is an array there."""
+    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def _ref(kind: type[Any]) -> JSONObject:
@@ -200,7 +216,7 @@ def _ref(kind: type[Any]) -> JSONObject:
 
 
 def _components() -> JSONObject:
-    kinds = {Problem: None, Progress: None}
+    kinds: dict[type[Any], None] = {Problem: None, Progress: None}
     for operation in operations():
         for kind in (operation.body, *(answer.kind for answer in operation.answers)):
             if kind is not None and kind is not dict:
@@ -249,13 +265,8 @@ def _path_parameters(path: str) -> list[JSONObject]:
 def _query_parameters(kind: type[Any]) -> list[JSONObject]:
     (_,), components = msgspec.json.schema_components([kind], ref_template=_REF)
     parameters = []
-    for name, prop in components[kind.__name__].get("properties", {}).items():
-        default = prop.pop("default", None)
-        # A parameter that is left out is null to us; nobody can send null in a query.
-        schema = next((branch for branch in prop.get("anyOf", ()) if branch.get("type") != "null"), prop)
-        about = schema.pop("description", prop.get("description", ""))
-        if default is not None:
-            schema["default"] = default
+    for name, schema in components[kind.__name__].get("properties", {}).items():
+        about = schema.pop("description", "")
         parameters.append(
             {"name": name, "in": "query", "required": False, "description": about, "schema": schema}
         )
@@ -328,7 +339,7 @@ def _page_operation(path: str, method: str, operation: JSONObject) -> str:
 def _page_example(response: JSONObject) -> str:
     shown = []
     for content in response.get("content", {}).values():
-        if "$ref" in content["schema"]:
+        if "$ref" in content.get("schema", {}):
             name = content["schema"]["$ref"].rpartition("/")[2]
             shown.append(f"<p>Schema: <a href='#schema-{escape(name)}'>{escape(name)}</a></p>")
         if "example" in content:
@@ -341,4 +352,4 @@ def _page_example(response: JSONObject) -> str:
 def _page_json(value: object) -> str:
     if isinstance(value, str):
         return f"<pre>{escape(value)}</pre>"
-    return f"<pre>{escape(json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False))}</pre>"
+    return f"<pre>{escape(json.dumps(_plain(value), indent=2, ensure_ascii=False))}</pre>"

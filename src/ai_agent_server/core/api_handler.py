@@ -4,13 +4,13 @@ import asyncio
 import hmac
 import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import structlog
-from litestar import Litestar, Request, Response, delete, get, patch, post
+from litestar import Litestar, Request, Response, delete, get, patch, post, route
 from litestar.connection import ASGIConnection
 from litestar.enums import MediaType
 from litestar.exceptions import (
@@ -21,6 +21,7 @@ from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Send
+from msgspec import UNSET
 
 from ai_agent_server.config.settings import Settings, json_schema
 from ai_agent_server.core import api_document
@@ -62,7 +63,6 @@ from ai_agent_server.core.task_packet import (
 )
 from ai_agent_server.errors import AgentServerError, InvalidPacketError, TaskNotFoundError, UnknownLLMError
 from ai_agent_server.load_balancer.base import LLMView
-from ai_agent_server.tasks_state.base import TaskFilter
 
 log = structlog.get_logger(__name__)
 
@@ -109,8 +109,10 @@ def create_app(
     server = ServerRoutes(
         balancer=balancer, settings=settings, health=health, metrics=metrics, reload=reload, version=version
     )
+    handlers = [*tasks.handlers(), *server.handlers()]
     return Litestar(
-        route_handlers=[*tasks.handlers(), *server.handlers()],
+        # Litestar's own OPTIONS of a path knows the first method that was registered there, and only it.
+        route_handlers=[*_options(handlers), *handlers],
         guards=[] if api_key is None else [_key_guard(api_key)],
         exception_handlers={
             AgentServerError: _on_our_error,
@@ -167,14 +169,14 @@ class TaskRoutes:
         packet, is_new = await self._engine.submit(draft, via="rest", idempotency_key=key)
 
         preferred = _preferred_wait_s(request)
-        wait_s = query.wait if query.wait is not None else preferred
+        wait_s = preferred if query.wait is UNSET else query.wait
         if wait_s:
             packet = await self._engine.wait(packet.task_id, wait_s)
         headers = {
             "Location": f"/api/v1/tasks/{packet.task_id}",
             "X-Task-File": _header_text(self._task_file(packet.task_id)),
         }
-        if preferred is not None and query.wait is None:
+        if preferred is not None and query.wait is UNSET:
             headers["Preference-Applied"] = f"wait={preferred:.0f}"
         done = packet.status.is_final or not is_new
         return _json(packet, status=200 if done else 202, headers=headers)
@@ -182,11 +184,9 @@ class TaskRoutes:
     async def list(self, request: AnyRequest) -> Response[bytes]:
         """A page of tasks, newest first."""
         query = _query(request, ListQuery)
-        where = TaskFilter(
-            profile=query.profile, role=query.role, status=query.status, context_id=query.context_id
-        )
         try:
-            page = await self._engine.list(where, limit=query.limit, cursor=query.cursor)
+            cursor = None if query.cursor is UNSET else query.cursor
+            page = await self._engine.list(query.where(), limit=query.limit, cursor=cursor)
         except InvalidPacketError as exc:
             raise BadParameterError(exc.problem, pointer="cursor", expected=exc.expected) from exc
         return _json(page)
@@ -220,7 +220,9 @@ class TaskRoutes:
         query = _query(request, EventsQuery)
         since = _last_event_id(request)
         packet = await self._engine.read(_checked_id(task_id))
-        followed = self._engine.follow(packet.task_id, since=(query.since or 0) if since is None else since)
+        if since is None:
+            since = 0 if query.since is UNSET else query.since
+        followed = self._engine.follow(packet.task_id, since=since)
         return EventStream(
             _frames(packet, followed, keep_alive_s=self._keep_alive_s),
             task_id=packet.task_id,
@@ -415,6 +417,24 @@ def _frame(event: AnyTaskEvent | Progress) -> bytes:
     name = str(event.__struct_config__.tag).encode()
     data = b"event: " + name + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
     return data if isinstance(event, Progress) else b"id: %d\n" % event.seq + data
+
+
+def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
+    methods: dict[str, set[str]] = {}
+    for handler in handlers:
+        for path in handler.paths:
+            methods.setdefault(path, {"OPTIONS"}).update(handler.http_methods)
+
+    def answering(allowed: str) -> Callable[[], Awaitable[Response[None]]]:
+        async def options() -> Response[None]:
+            return Response(None, status_code=204, headers={"Allow": allowed})
+
+        return options
+
+    return [
+        route(path, http_method=["OPTIONS"])(answering(", ".join(sorted(allowed))))
+        for path, allowed in methods.items()
+    ]
 
 
 def _key_guard(api_key: str) -> Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], None]:

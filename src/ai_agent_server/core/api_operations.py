@@ -88,6 +88,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     media_type: str = JSON
     example: Any = None
     headers: tuple[Header, ...] = ()
+    links_task: bool = False
+    """The body is a task that other operations can be called with."""
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +190,7 @@ def operations() -> tuple[Operation, ...]:
                     kind=TaskPacket,
                     example=submitted,
                     headers=task_headers,
+                    links_task=True,
                 ),
                 Answer(
                     status=200,
@@ -195,6 +198,7 @@ def operations() -> tuple[Operation, ...]:
                     kind=TaskPacket,
                     example=done,
                     headers=task_headers,
+                    links_task=True,
                 ),
             ),
             problems=_INTAKE,

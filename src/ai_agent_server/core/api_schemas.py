@@ -6,12 +6,14 @@ HTTP statuses stand here, in `PROBLEMS` and `REFUSALS`, and in the two other `ap
 from typing import Annotated
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from ai_agent_server import errors
 from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier
 from ai_agent_server.core.task_packet import TaskStatus
 from ai_agent_server.core.workflow import Edge
 from ai_agent_server.load_balancer.base import CircuitState, Requirements, Source
+from ai_agent_server.tasks_state.base import TaskFilter
 
 MAX_WAIT_S = 600.0
 MAX_PAGE = 200
@@ -134,18 +136,27 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class SubmitQuery(_Strict, frozen=True, kw_only=True):
     """Query of POST /api/v1/{profile}/{role}."""
 
-    wait: WaitSeconds | None = None
+    wait: WaitSeconds | UnsetType = UNSET
 
 
 class ListQuery(_Strict, frozen=True, kw_only=True):
     """Query of GET /api/v1/tasks."""
 
-    profile: Annotated[str, msgspec.Meta(description="Only tasks of this profile.")] | None = None
-    role: Annotated[str, msgspec.Meta(description="Only tasks that entered at this role.")] | None = None
-    status: Annotated[TaskStatus, msgspec.Meta(description="Only tasks in this status.")] | None = None
-    context_id: Annotated[str, msgspec.Meta(description="Only tasks of this context.")] | None = None
+    profile: Annotated[str, msgspec.Meta(description="Only tasks of this profile.")] | UnsetType = UNSET
+    role: Annotated[str, msgspec.Meta(description="Only tasks that entered at this role.")] | UnsetType = (
+        UNSET
+    )
+    status: Annotated[TaskStatus, msgspec.Meta(description="Only tasks in this status.")] | UnsetType = UNSET
+    context_id: Annotated[str, msgspec.Meta(description="Only tasks of this context.")] | UnsetType = UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE, description="Tasks on a page.")] = 50
-    cursor: Annotated[str, msgspec.Meta(description="`next_cursor` of the page before.")] | None = None
+    cursor: Annotated[str, msgspec.Meta(description="`next_cursor` of the page before.")] | UnsetType = UNSET
+
+    def where(self) -> TaskFilter:
+        """The same for the store."""
+        asked = msgspec.structs.asdict(self)
+        return TaskFilter(
+            **{name: asked[name] for name in TaskFilter.__struct_fields__ if asked[name] is not UNSET}
+        )
 
 
 class EventsQuery(_Strict, frozen=True, kw_only=True):
@@ -156,8 +167,8 @@ class EventsQuery(_Strict, frozen=True, kw_only=True):
             int,
             msgspec.Meta(ge=0, le=2**53, description="The last `seq` seen; `Last-Event-ID` goes before it."),
         ]
-        | None
-    ) = None
+        | UnsetType
+    ) = UNSET
 
 
 class NoQuery(_Strict, frozen=True, kw_only=True):
@@ -178,15 +189,16 @@ class ExplainDraft(_Strict, frozen=True, kw_only=True):
     tier: Tier | None = None
     prefer: tuple[str, ...] = ()
     privacy: Privacy = "any"
-    needs: frozenset[Capability] = frozenset({"chat"})
+    needs: tuple[Capability, ...] = ("chat",)
     input_tokens: Tokens = 0
     output_tokens: Tokens = 256
     max_cost_usd: Dollars | None = None
-    exclude: frozenset[str] = frozenset()
+    exclude: tuple[str, ...] = ()
 
     def requirements(self) -> Requirements:
         """The same for the balancer."""
-        return Requirements(**msgspec.structs.asdict(self))
+        asked = msgspec.structs.asdict(self)
+        return Requirements(**{**asked, "needs": frozenset(self.needs), "exclude": frozenset(self.exclude)})
 
 
 class RoleCard(msgspec.Struct, frozen=True, kw_only=True):
