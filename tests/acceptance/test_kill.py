@@ -71,7 +71,7 @@ async def test_nothing_accepted_is_lost_doubled_or_broken_by_kills(tmp_path: Pat
                 if packet["status"] in {"completed", "failed", "canceled"}:
                     break
                 await asyncio.sleep(0.5)
-            assert packet["status"] == "completed", packet
+            assert packet["status"] == "completed", (packet["reason"], packet["error"])
     kept = files(state)
     assert len(accepted) >= KILLS
     assert set(accepted.values()) <= kept.keys()

@@ -47,6 +47,10 @@ class NatsServer:
             self._process.wait()
             self._process = None
 
+    def send_signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
     def restart(self) -> None:
         self.kill()
         self.start()

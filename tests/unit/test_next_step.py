@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.core.next_step import (
+    POISON_AFTER,
     AskOutside,
     EndBadly,
     EndWell,
@@ -248,7 +249,7 @@ def test_a_step_that_a_crash_cut_is_taken_up_as_it_was() -> None:
 def test_a_step_that_is_there_at_every_crash_is_poison() -> None:
     story = Story(packet())
     story.add(StepStarted(at=NOW, step=1, role="planner", attempt=1, hop=story.next().hop))
-    for generation in range(2, 6):
+    for generation in range(2, POISON_AFTER + 3):
         story.add(Recovered(at=NOW, generation=generation, why="restart"))
     end = story.next()
     assert isinstance(end, EndBadly)

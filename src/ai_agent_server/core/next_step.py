@@ -23,8 +23,12 @@ from ai_agent_server.core.task_packet import (
 )
 from ai_agent_server.core.workflow import END, Edge, Workflow
 
-POISON_AFTER = 3
-"""A step that was under way at this many crashes in a row is taken to be their cause."""
+POISON_AFTER = 20
+"""A step that was under way at this many crashes in a row is taken to be their cause.
+
+Not fewer: a storm of kills from outside finds the same steps under way again and again, and a bound
+of 3 failed tasks that had done nothing wrong.
+"""
 
 IDLE_STEPS = 8
 """No workflow gets further by this many steps in a row without an LLM; calls have a limit of their own."""
