@@ -14,8 +14,6 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter
 from rich.console import Console
-from rich.padding import Padding
-from rich.syntax import Syntax
 from rich.text import Text
 
 from ai_agent_server import cli_view
@@ -136,7 +134,7 @@ async def _stop(child: asyncio.subprocess.Process) -> None:
 def _introduce(out: Console) -> None:
     pretty = msgspec.json.format(msgspec.json.encode({"payload": PAYLOAD}), indent=2).decode()
     out.print(f"POST /api/v1/{PROFILE}/{ROLE}")
-    out.print(Padding(Syntax(pretty, "json", theme="ansi_dark", background_color="default"), (0, 0, 1, 2)))
+    out.print(cli_view.highlighted(pretty, "json"), soft_wrap=True)
 
 
 def _conclude(out: Console, fetched: Fetched, state_dir: Path) -> None:

@@ -29,7 +29,7 @@ from ai_agent_server.errors import (
     EngineUnreachableError,
     ModelNotFoundError,
 )
-from ai_agent_server.sandbox.choose import choose_sandbox
+from ai_agent_server.sandbox._choose import choose_sandbox
 
 __all__ = ("Check", "check_all", "doctor")
 

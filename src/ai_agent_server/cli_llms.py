@@ -103,29 +103,16 @@ def _switch(name: str, on: bool, server: str | None, as_json: bool) -> int:
 
 def _table(cards: Sequence[LLMCard]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in (
-        "llm",
-        "on",
-        "engine",
-        "model",
-        "tier",
-        "context",
-        "busy",
-        "circuit",
-        "in memory",
-        "tokens/s",
-    ):
-        table.add_column(column, overflow="fold")
+    for column in ("llm", "on", "model", "tier", "busy", "circuit", "in memory", "tokens/s"):
+        table.add_column(column, overflow="fold", no_wrap=column not in {"model", "llm"})
     for card in cards:
         resident = {True: "yes", False: "no", None: "?"}[card.resident]
         speed = "" if card.tokens_per_s is None else f"{card.tokens_per_s:.0f}"
         table.add_row(
             Text(card.name),
             Text("on", style="green") if card.toggle else Text("off", style="dim"),
-            Text(card.engine or card.source),
-            Text(card.model or ""),
+            Text(f"{card.model or '?'} on {card.engine or card.source}, {card.context_tokens} tokens"),
             card.tier + (" locked" if card.locked else ""),
-            str(card.context_tokens),
             f"{card.in_flight}/{card.slots}",
             Text(card.circuit, style="" if card.circuit == "closed" else "red"),
             resident,

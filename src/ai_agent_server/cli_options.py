@@ -13,6 +13,9 @@ from ai_agent_server.config.settings import environment
 
 __all__ = ("AsJSON", "ServerURL", "connect", "console", "print_json")
 
+PIPE_WIDTH = 240
+"""A table in a pipe is cut by nobody."""
+
 ServerURL = Annotated[
     str | None,
     Parameter(
@@ -36,8 +39,11 @@ def connect(server: str | None) -> Client:
 
 
 def console() -> Console:
-    """Standard output, with colour where it is a terminal."""
-    return Console(highlight=False, markup=False)
+    """Standard output: with colour where it is a terminal, with long lines where it is not."""
+    out = Console(highlight=False, markup=False)
+    if not out.is_terminal:
+        out.width = PIPE_WIDTH
+    return out
 
 
 def print_json(found: Any, *, pretty: bool = True) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Self, TypeVar, assert_never
 
 import msgspec
 from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
 from rich.status import Status
 from rich.syntax import Syntax
 from rich.table import Table
@@ -112,7 +111,7 @@ def _step_finished(event: StepFinished) -> tuple[Text, ...]:
 
 
 def _call(call: LLMCall) -> str:
-    why = f": {call.decision.reason}" if call.decision is not None else ""
+    why = f", {_reason(call.llm, call.decision.reason)}" if call.decision is not None else ""
     model = f" ({call.model})" if call.model and call.model != call.llm else ""
     cost = f", ${call.cost_usd:.4f}" if call.cost_usd else ""
     cut = ", cut at the limit" if call.finish_reason == "length" else ""
@@ -120,6 +119,11 @@ def _call(call: LLMCall) -> str:
         f"{call.llm}{model}{why}; {call.input_tokens} tokens in, {call.output_tokens} out{cut}, "
         f"first after {call.time_to_first_token_ms / 1000:.1f} s{cost}"
     )
+
+
+def _reason(llm: str, why: str) -> str:
+    # A decision's reason names the LLM first; here it stands before it already.
+    return why.removeprefix(f"{llm}: ")
 
 
 def _report(report: TestReport) -> list[Text]:
@@ -172,7 +176,7 @@ class TaskView:
         """Show it."""
         if isinstance(item, Progress):
             self._show(
-                f"{item.role} on {item.llm} ({item.why}): {item.output_tokens} tokens, "
+                f"{item.role} on {item.llm}, {_reason(item.llm, item.why)}: {item.output_tokens} tokens, "
                 f"{item.elapsed_ms / 1000:.1f} s"
             )
         elif isinstance(item, TaskPacket):
@@ -209,8 +213,6 @@ def result(fetched: Fetched) -> RenderableType:
         style="dim",
     )
     parts.append(ended)
-    if packet.error is not None:
-        parts.append(Text(printable(packet.error.message)))
     if fetched.file:
         parts.append(Text(f"file {fetched.file}"))
     return Group(*parts)
@@ -222,12 +224,9 @@ def _made(found: dict[str, Any]) -> list[RenderableType]:
     report = _as(found.get("tests"), TestReport)
     if artifact is not None:
         language = artifact.language or ("python" if artifact.kind in {"code", "tests"} else "markdown")
-        code = Syntax(
-            printable(artifact.content).rstrip(), language, theme="ansi_dark", background_color="default"
-        )
-        parts += [Text(""), Padding(code, (0, 0, 1, 2))]
+        parts += [Text(""), _indented(highlighted(artifact.content, language)), Text("")]
     elif found.get("output") is not None:
-        parts += [Text(""), Padding(output(found["output"]), (0, 0, 1, 2))]
+        parts += [Text(""), _indented(output(found["output"])), Text("")]
     if report is not None:
         parts += _unindented(_report(report))
     elif artifact is not None:
@@ -235,17 +234,24 @@ def _made(found: dict[str, Any]) -> list[RenderableType]:
     return parts
 
 
-def output(found: Any) -> RenderableType:
+def highlighted(code: str, language: str) -> Text:
+    """`code` with the terminal's own colours; no trailing blanks, so that a pipe gets the code as it is."""
+    lexed = Syntax("", language, theme="ansi_dark", background_color="default").highlight(printable(code))
+    lexed.rstrip()
+    return lexed
+
+
+def output(found: Any) -> Text:
     """A role's output: its text where it is one, JSON otherwise."""
     if isinstance(found, dict) and len(found) == 1 and isinstance(text := next(iter(found.values())), str):
         return Text(printable(text))
     pretty = msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
-    return Syntax(pretty, "json", theme="ansi_dark", background_color="default", word_wrap=True)
+    return highlighted(pretty, "json")
 
 
 def asked(packet: TaskPacket) -> RenderableType:
     """What the task was given."""
-    return Padding(output(packet.payload), (0, 0, 0, 3))
+    return _indented(output(packet.payload), "   ")
 
 
 def what_next(packet: TaskPacket) -> tuple[str, ...]:
@@ -322,6 +328,10 @@ def _as(found: Any, kind: type[T]) -> T | None:
         return msgspec.convert(found, kind)
     except msgspec.ValidationError:
         return None
+
+
+def _indented(text: Text, by: str = "  ") -> Text:
+    return Text("\n").join(Text(by).append_text(line) for line in text.split("\n"))
 
 
 def _unindented(lines: list[Text]) -> list[RenderableType]:
