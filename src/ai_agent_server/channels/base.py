@@ -42,7 +42,11 @@ class Delivery(Protocol):
         ...
 
     async def ack(self) -> None:
-        """It is safe; never deliver it again. Returns when the transport confirmed."""
+        """It is safe; never deliver it again. Returns when the transport confirmed.
+
+        Raises `ChannelError` when it did not: then the message comes again. A transport that is
+        killed right after may forget that it confirmed; `dedupe_id` tells.
+        """
         ...
 
     async def nak(self, delay_s: float) -> None:

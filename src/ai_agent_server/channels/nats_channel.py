@@ -46,8 +46,9 @@ class NatsChannel:
     cluster, with commas.
     """
 
-    def __init__(self, link: Link, *, embedded: bool) -> None:
+    def __init__(self, link: Link, *, embedded: bool, ack_wait_s: float = ACK_WAIT_S) -> None:
         self._link = link
+        self._ack_wait_s = ack_wait_s
         self._embedded = embedded
         self._subscriptions: set[_Subscription] = set()
 
@@ -60,8 +61,11 @@ class NatsChannel:
         name: str = "ai-agent-server",
         embedded: bool = False,
         wait_s: float = 2.0,
+        ack_wait_s: float = ACK_WAIT_S,
     ) -> Self:
         """A channel to `url`; `credentials` is `user:password` or a token.
+
+        A member of a group that vanished with a delivery open loses it to another after `ack_wait_s`.
 
         Waits up to `wait_s` for the server. When it is not there the channel is returned all the
         same, in state `reconnecting`, and goes on trying in the background until `aclose`.
@@ -74,7 +78,7 @@ class NatsChannel:
         except asyncio.CancelledError:
             await link.aclose()
             raise
-        return cls(link, embedded=embedded)
+        return cls(link, embedded=embedded, ack_wait_s=ack_wait_s)
 
     async def publish(self, subject: str, body: bytes, *, dedupe_id: str = "") -> None:
         """Publish and wait until the stream has it. Raises `ChannelError`."""
@@ -102,7 +106,9 @@ class NatsChannel:
         """Receive what comes on `subject`, through the durable consumer of `group`."""
         if self._link.is_closed:
             raise ChannelClosedError("the channel was closed")
-        subscription = _Subscription(self._link, subject, group=group, max_in_flight=max_in_flight)
+        subscription = _Subscription(
+            self._link, subject, group=group, max_in_flight=max_in_flight, ack_wait_s=self._ack_wait_s
+        )
         self._subscriptions.add(subscription)
         tasks = (
             asyncio.create_task(subscription.pull(), name=f"nats-pull {subject}"),
@@ -138,8 +144,11 @@ class NatsChannel:
 class _Subscription:
     """A durable consumer that is pulled from, over as many sessions as it takes."""
 
-    def __init__(self, link: Link, subject: str, *, group: str, max_in_flight: int) -> None:
+    def __init__(
+        self, link: Link, subject: str, *, group: str, max_in_flight: int, ack_wait_s: float
+    ) -> None:
         self._link = link
+        self._ack_wait_s = ack_wait_s
         self._subject = subject
         self._stream = stream_of(subject)
         self._consumer = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{group}--{subject.replace('>', 'all')}")
@@ -206,7 +215,7 @@ class _Subscription:
                 request.check()
         finally:
             if not session.is_lost:
-                # Drained, not dropped: what is on its way would otherwise wait for ACK_WAIT_S.
+                # Drained, not dropped: what is on its way would otherwise wait for ack_wait_s.
                 with suppress(Error, OSError, TimeoutError):
                     async with asyncio.timeout(REQUEST_TIMEOUT_S):
                         await drain()
@@ -230,7 +239,7 @@ class _Subscription:
             filter_subject=self._subject,
             deliver_policy=DeliverPolicy.ALL,
             ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=ACK_WAIT_S,
+            ack_wait=self._ack_wait_s,
             max_deliver=-1,
             max_ack_pending=MAX_ACK_PENDING,
         )
@@ -245,7 +254,7 @@ class _Subscription:
     async def beat(self) -> None:
         """Tell the server of every open delivery that it is being worked on."""
         while True:
-            await asyncio.sleep(ACK_WAIT_S / 3)
+            await asyncio.sleep(self._ack_wait_s / 3)
             session = await self._link.session()
             with suppress(Error, OSError):
                 for delivery in tuple(self._open.values()):
