@@ -10,6 +10,7 @@ import pytest
 
 from ai_agent_server.config.settings import BalancerSettings, CircuitSettings, LLMSettings, RetrySettings
 from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, RouteHints, message
+from ai_agent_server.core.ports import Balancer
 from ai_agent_server.errors import (
     ContextOverflowError,
     EngineAuthError,
@@ -398,6 +399,26 @@ async def test_who_waits_is_told_when_a_retry_after_ends_all_hope() -> None:
     assert len(line.calls) == 1
 
 
+async def test_a_request_whose_probe_failed_does_not_wait_for_the_next_one() -> None:
+    skipped = SkippedTime()
+    settings = msgspec.structs.replace(SETTINGS, circuit=CircuitSettings(failures=1, cooldown_s=10.0))
+    line = LineEngine(EngineFailedError("500"))
+    engine = balanced({"a": (LOCAL, line)}, clock=skipped.clock, sleep=skipped.sleep, settings=settings)
+    with pytest.raises(NoLLMError):
+        await chat(engine, asking())
+    assert len(line.calls) == 2, "the failure that opened the circuit, and one probe"
+    assert skipped.now_s == pytest.approx(10.0)
+
+
+async def test_switching_an_llm_on_closes_its_circuit() -> None:
+    engine = balanced({"a": (LOCAL, LineEngine(EngineBusyError("quota", retry_after_s=9999.0), ANSWER))})
+    with pytest.raises(NoLLMError):
+        await chat(engine, asking())
+    assert view_of(engine, "a").circuit == "open"
+    await engine.set_toggle("a", True)
+    assert (await chat(engine, asking())).text == "four"
+
+
 async def test_a_probe_whose_client_left_is_nobody_s_failure() -> None:
     skipped = SkippedTime()
     line = LineEngine(EngineBusyError("429", retry_after_s=100.0), ANSWER)
@@ -671,11 +692,30 @@ async def test_rates_are_measured() -> None:
     assert view.tokens_per_s == pytest.approx(10.0)
 
 
+async def test_a_first_token_after_a_load_measures_the_load_and_not_the_llm() -> None:
+    skipped = SkippedTime()
+
+    class Slow(LineEngine):
+        async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+            skipped.now_s += 12.0
+            yield ChatDelta(text="a")
+            yield ChatDelta(finish_reason="stop")
+
+    slow = Slow()
+    slow.residency = "unloaded"
+    engine = balanced({"a": (LOCAL, slow)}, clock=skipped.clock, sleep=skipped.sleep)
+    await engine.refresh_residency()
+    await chat(engine, asking())
+    view = view_of(engine, "a")
+    assert view.load_s == pytest.approx(12.0)
+    assert view.time_to_first_token_ms is None
+
+
 async def test_explaining_calls_nothing() -> None:
     line = LineEngine()
-    engine = balanced({"a": (LOCAL, line)})
+    engine: Balancer = balanced({"a": (LOCAL, line)})
     assert engine.explain(Requirements(tier="small")).chosen == "a"
-    assert engine.explain(engine.requirements(asking(llm="zzz"))).chosen is None
+    assert engine.explain(Requirements(llm="zzz")).chosen is None
     assert (line.calls, line.asked_for_models) == ([], 0)
 
 
