@@ -140,7 +140,7 @@ class TaskFolder:
 
     def _scan(self, shard: Path, found: Found) -> None:
         for path in list(shard.iterdir()):
-            if path.name.endswith(TEMPORARY):
+            if path.name.endswith(TEMPORARY) and path.is_file():
                 path.unlink()
                 continue
             try:
