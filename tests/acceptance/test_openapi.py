@@ -70,7 +70,10 @@ def test_every_example_is_what_its_schema_says() -> None:
             bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
             for content in (found for body in bodies for found in body.get("content", {}).values()):
                 examples = [
-                    *(example["value"] for example in content.get("examples", {}).values()),
+                    *(
+                        described["components"]["examples"][name]["value"]
+                        for name in content.get("examples", ())
+                    ),
                     *([content["example"]] if "example" in content else []),
                 ]
                 for example in examples:

@@ -57,6 +57,10 @@ def document(version: str) -> JSONObject:
         "paths": paths,
         "components": {
             "schemas": _components(),
+            "examples": {
+                slug: {"summary": example.title, "value": _plain(example)}
+                for slug, example in problem_examples().items()
+            },
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -137,11 +141,7 @@ def _operation(operation: Operation) -> JSONObject:
                     PROBLEM_JSON: {
                         "schema": _ref(Problem),
                         "examples": {
-                            kind.slug: {
-                                "summary": kind.title,
-                                "value": _plain(examples[kind.slug]),
-                            }
-                            for kind in kinds
+                            kind.slug: {"$ref": f"#/components/examples/{kind.slug}"} for kind in kinds
                         },
                     }
                 },
@@ -215,14 +215,19 @@ def _ref(kind: type[Any]) -> JSONObject:
     return {"type": "object"} if kind is dict else {"$ref": _REF.format(name=kind.__name__)}
 
 
+def json_components(kinds: tuple[type[Any], ...]) -> JSONObject:
+    """The schemas of `kinds` and of all they are made of, by name."""
+    _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+    return _tidied(components)
+
+
 def _components() -> JSONObject:
     kinds: dict[type[Any], None] = {Problem: None, Progress: None}
     for operation in operations():
         for kind in (operation.body, *(answer.kind for answer in operation.answers)):
             if kind is not None and kind is not dict:
                 kinds[kind] = None
-    _, components = msgspec.json.schema_components(list(kinds), ref_template=_REF)
-    return _tidied(components)
+    return json_components(tuple(kinds))
 
 
 def _tidied(components: Mapping[str, Any]) -> JSONObject:
@@ -344,8 +349,9 @@ def _page_example(response: JSONObject) -> str:
             shown.append(f"<p>Schema: <a href='#schema-{escape(name)}'>{escape(name)}</a></p>")
         if "example" in content:
             shown.append(_page_json(content["example"]))
-        for slug, example in content.get("examples", {}).items():
-            shown.append(f"<p><a href='#{escape(slug)}'>{escape(example['summary'])}</a></p>")
+        shown.extend(
+            f"<p><a href='#{escape(slug)}'>{escape(slug)}</a></p>" for slug in content.get("examples", ())
+        )
     return "".join(shown)
 
 

@@ -517,6 +517,12 @@ def problem_examples() -> dict[str, Problem]:
     return examples
 
 
+def example_packet() -> TaskPacket:
+    """A packet that ended well."""
+    done, _ = _example_packets()
+    return done
+
+
 def _example_packets() -> tuple[TaskPacket, TaskPacket]:
     """A packet that ended and the same as it was submitted, folded as real ones are."""
     asked = TaskPacket(

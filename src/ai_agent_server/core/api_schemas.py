@@ -117,7 +117,7 @@ def problem(exc: errors.AgentServerError, instance: str) -> Problem:
         instance=instance,
         pointer=None if is_parameter else where,
         parameter=where if is_parameter else None,
-        expected=getattr(exc, "expected", None) or None,
+        expected=(exc.expected or None) if isinstance(exc, errors.InvalidPacketError) else None,
         choices=getattr(exc, "choices", ()),
         retry_after_s=getattr(exc, "retry_after_s", None),
         task_id=getattr(exc, "task_id", None),
