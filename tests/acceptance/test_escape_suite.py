@@ -48,6 +48,7 @@ VERDICTS = {
     # a mount's size refuses the write, or the watch on the folder ends the program: both are right
     "disk_flood_by_many": ("fail", "output_limit"),
     "disk_flood_deleted": ("fail", "output_limit"),
+    "disk_flood_in_depth": ("fail", "output_limit"),
     "inode_flood": ("output_limit",),
     "burn_cpu": ("timeout",),
     "burn_cpu_by_many": ("timeout",),

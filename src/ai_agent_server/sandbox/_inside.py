@@ -13,6 +13,7 @@ only: the helper runs with -I -S. What takes long to import (pathlib, subprocess
 # ruff: noqa: PTH101, PTH103, PTH104, PTH106, PTH108, PTH116, PTH118, PTH120, PTH123, PTH208
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -305,7 +306,7 @@ class _Run:
             entries, size = _folder_size(self.work, _MAX_ENTRIES)
             size += sum(_deleted_size(pid) for pid in pids)
         if entries > _MAX_ENTRIES:
-            raise _Stop("output_limit", f"made more than {_MAX_ENTRIES} files")
+            raise _Stop("output_limit", f"made more than {_MAX_ENTRIES} files, or folders too deep")
         if size > allowed:
             raise _Stop("output_limit", f"wrote more than {allowed // 1024 // 1024} MiB of files")
 
@@ -434,8 +435,10 @@ def _folder_size(root: str, most: int) -> tuple[int, int]:
                         waiting.append(entry.path)
                     else:
                         size += entry.stat(follow_symlinks=False).st_blocks * 512
-        except OSError:
-            continue
+        except OSError as problem:
+            if problem.errno == errno.ENAMETOOLONG:
+                # folders so deep that what is in them could not be counted
+                return most + 1, size
     return entries, size
 
 

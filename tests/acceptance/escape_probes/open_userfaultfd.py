@@ -6,5 +6,9 @@ import sys
 
 arena = json.loads(sys.argv[1])
 libc = ctypes.CDLL(None, use_errno=True)
-if libc.syscall(arena["calls"]["userfaultfd"], 1) < 0:
+result = libc.syscall(
+    arena["calls"]["userfaultfd"],
+    1,
+)
+if result < 0:
     raise OSError(ctypes.get_errno(), "userfaultfd")
