@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ai_agent_server import probes
-from ai_agent_server.cli_init import Proposal, propose
+from ai_agent_server.cli.init import Proposal, propose
 from ai_agent_server.config import settings
 from ai_agent_server.probes import GPU, Found, LocalModel, LocalServer, Urls
 from tests.servers.http_double import HTTPDouble, Out, Request

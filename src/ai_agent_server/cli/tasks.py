@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import sys
 import uuid
 from collections.abc import Awaitable, Callable
@@ -14,9 +15,8 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.text import Text
 
-from ai_agent_server import cli_view
-from ai_agent_server.cli import Exit
-from ai_agent_server.cli_options import AsJSON, ServerURL, connect, console, print_json
+from ai_agent_server.cli import Exit, view
+from ai_agent_server.cli.options import AsJSON, ServerURL, connect, console, print_json
 from ai_agent_server.client import Client, Fetched
 from ai_agent_server.core.chat import JSONObject
 from ai_agent_server.core.task_packet import (
@@ -30,11 +30,31 @@ from ai_agent_server.core.task_packet import (
 from ai_agent_server.errors import InvalidPacketError
 from ai_agent_server.tasks_state.base import TaskPage
 
-__all__ = ("TaskOptions", "exit_code", "follow", "payload", "run", "show_end", "submit", "tasks", "watch")
+__all__ = (
+    "TaskOptions",
+    "addressed",
+    "exit_code",
+    "follow",
+    "payload",
+    "run",
+    "show_end",
+    "submit",
+    "tasks",
+    "watch",
+)
 
 T = TypeVar("T")
 
-TO_PATTERN = "PROFILE/ROLE"
+DEFAULT_TO = "developer/planner"
+TO = re.compile(r"[a-z0-9-]+/[a-z0-9-]+")
+Words = Annotated[
+    str,
+    Parameter(
+        name="[PROFILE/ROLE] TASK",
+        show_default=False,
+        help=f"Where it goes ({DEFAULT_TO} unless said), and what is wanted: words, or the payload as JSON.",
+    ),
+]
 
 tasks = App(name="tasks", help="List tasks; show, cancel, delete one, or send feedback.")
 
@@ -44,7 +64,6 @@ tasks = App(name="tasks", help="List tasks; show, cancel, delete one, or send fe
 class TaskOptions:
     """What a task is made of, besides its text."""
 
-    to: Annotated[str, Parameter(help=f"Where it goes, {TO_PATTERN}.")] = "developer/planner"
     example: Annotated[
         tuple[str, ...],
         Parameter(
@@ -80,14 +99,7 @@ class TaskOptions:
     feedback_hops: Annotated[int | None, Parameter(help="At most so many feedback hops.")] = None
     cost_usd: Annotated[float | None, Parameter(help="At most so many dollars.")] = None
 
-    def target(self) -> tuple[str, str]:
-        """(profile, role). Raises `InvalidPacketError`."""
-        profile, slash, role = self.to.partition("/")
-        if not (profile and slash and role) or "/" in role:
-            raise InvalidPacketError(f"--to {self.to} is not {TO_PATTERN}", expected="developer/planner, say")
-        return profile, role
-
-    def draft(self, task: str | None) -> TaskDraft:
+    def draft(self, text: str | None) -> TaskDraft:
         """The packet to send. Raises `InvalidPacketError`."""
         limits = LimitsDraft(
             calls=self.calls,
@@ -98,7 +110,7 @@ class TaskOptions:
         )
         return TaskDraft(
             payload=payload(
-                task,
+                text,
                 document=_read(self.payload) if self.payload is not None else None,
                 fields=self.set_field,
                 examples=self.example,
@@ -110,8 +122,28 @@ class TaskOptions:
         )
 
 
+def addressed(words: tuple[str, ...]) -> tuple[str, str, str | None]:
+    """(profile, role, text) of what stands after the command. Raises `InvalidPacketError`."""
+    match words:
+        case (to,) if TO.fullmatch(to):
+            text = None
+        case (text,):
+            to = DEFAULT_TO
+        case (to, text) if TO.fullmatch(to):
+            pass
+        case ():
+            to, text = DEFAULT_TO, None
+        case _:
+            raise InvalidPacketError(
+                f"{words[0]!r} is not PROFILE/ROLE" if len(words) == 2 else "put the task in quotes",
+                expected="[PROFILE/ROLE] TASK",
+            )
+    profile, _, role = to.partition("/")
+    return profile, role, text
+
+
 def payload(
-    task: str | None,
+    text: str | None,
     *,
     document: str | None = None,
     fields: tuple[str, ...] = (),
@@ -121,15 +153,11 @@ def payload(
     """The payload that the options describe, the later ones over `document`. Raises `InvalidPacketError`."""
     made: JSONObject = {}
     if document is not None:
-        try:
-            found: Any = json.loads(document)
-        except ValueError as exc:
-            raise InvalidPacketError(f"--payload is no JSON: {exc}") from exc
-        if not isinstance(found, dict):
-            raise InvalidPacketError("--payload is no JSON object")
-        made |= found
-    if task is not None:
-        made["task"] = task
+        made |= _object(document, "--payload")
+    if text is not None and text.lstrip().startswith("{"):
+        made |= _object(text, "the task begins with { but")
+    elif text is not None:
+        made["task"] = text
     if entry_point is not None:
         made["entry_point"] = entry_point
     if examples:
@@ -142,6 +170,16 @@ def payload(
     if not made:
         raise InvalidPacketError("say what is wanted: a TASK, --payload FILE or --set NAME=VALUE")
     return made
+
+
+def _object(text: str, what: str) -> JSONObject:
+    try:
+        found: Any = json.loads(text)
+    except ValueError as exc:
+        raise InvalidPacketError(f"{what} is no JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise InvalidPacketError(f"{what} is no JSON object")
+    return found
 
 
 def _value(text: str) -> Any:
@@ -161,9 +199,7 @@ def _read(path: Path) -> str:
 
 
 def run(
-    task: str | None = None,
-    /,
-    *,
+    *words: Words,
     options: TaskOptions = TaskOptions(),
     server: ServerURL = None,
     as_json: AsJSON = False,
@@ -171,14 +207,9 @@ def run(
     """Submit a task, follow it to its end, show the result.
 
     Exit code 0: completed. 1: not. 4: it waits for an answer.
-
-    Parameters
-    ----------
-    task
-        What is wanted, in words: the payload's field `task`.
     """
-    profile, role = options.target()
-    draft = options.draft(task)
+    profile, role, text = addressed(words)
+    draft = options.draft(text)
 
     async def talk() -> Fetched:
         async with connect(server) as client:
@@ -206,9 +237,7 @@ def run(
 
 
 def submit(
-    task: str | None = None,
-    /,
-    *,
+    *words: Words,
     options: TaskOptions = TaskOptions(),
     server: ServerURL = None,
     as_json: AsJSON = False,
@@ -218,13 +247,11 @@ def submit(
 
     Parameters
     ----------
-    task
-        What is wanted, in words: the payload's field `task`.
     idempotency_key
         The same key again answers the same task instead of a second one.
     """
-    profile, role = options.target()
-    draft = options.draft(task)
+    profile, role, text = addressed(words)
+    draft = options.draft(text)
 
     async def talk() -> Fetched:
         async with connect(server) as client:
@@ -273,11 +300,11 @@ async def follow(
     """Show the task on `out` until it ended, or until it asks the person, and answer it as it is."""
     try:
         with contextlib.ExitStack() as stack:
-            view = stack.enter_context(cli_view.TaskView(out)) if out is not None else None
+            live = stack.enter_context(view.TaskView(out)) if out is not None else None
             async with contextlib.aclosing(client.follow(task_id, since=since)) as told:
                 async for item in told:
-                    if view is not None:
-                        view.tell(item)
+                    if live is not None:
+                        live.tell(item)
                     if until_asked and isinstance(item, InputRequired) and item.role == "user":
                         fetched = await client.task(task_id)
                         # An old question is told again to who comes late; it may be answered by now.
@@ -291,8 +318,8 @@ async def follow(
 
 def show_end(out: Console, fetched: Fetched) -> None:
     """The result, and what can be done now."""
-    out.print(cli_view.result(fetched), soft_wrap=True)
-    for step in cli_view.what_next(fetched.packet):
+    out.print(view.result(fetched), soft_wrap=True)
+    for step in view.what_next(fetched.packet):
         out.print(Text(f"next {step}", style="dim"), soft_wrap=True)
 
 
@@ -331,7 +358,7 @@ def list_tasks(
         console().print("no tasks")
     else:
         out = console()
-        out.print(cli_view.tasks_table(page.items), soft_wrap=True)
+        out.print(view.tasks_table(page.items), soft_wrap=True)
         if page.next_cursor:
             out.print(f"more: ai-agent-server tasks --cursor {page.next_cursor}", soft_wrap=True)
     return Exit.OK
@@ -345,13 +372,13 @@ def show(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False) 
         print_json(fetched.packet)
         return Exit.OK
     out = console()
-    with cli_view.TaskView(out) as view:
-        view.tell(fetched.packet)
-        out.print(cli_view.asked(fetched.packet), soft_wrap=True)
-        for event in fetched.packet.history:
-            for line in cli_view.describe(event):
-                out.print(line, soft_wrap=True)
-    out.print(cli_view.result(fetched), soft_wrap=True)
+    with view.TaskView(out) as live:
+        live.tell(fetched.packet)
+    out.print(view.asked(fetched.packet), soft_wrap=True)
+    for event in fetched.packet.history:
+        for line in view.describe(event):
+            out.print(line, soft_wrap=True)
+    out.print(view.result(fetched), soft_wrap=True)
     return Exit.OK
 
 

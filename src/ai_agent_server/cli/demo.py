@@ -16,10 +16,9 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from ai_agent_server import cli_view
-from ai_agent_server.cli import Exit
-from ai_agent_server.cli_options import AsJSON, console, print_json
-from ai_agent_server.cli_tasks import follow
+from ai_agent_server.cli import Exit, view
+from ai_agent_server.cli.options import AsJSON, console, print_json
+from ai_agent_server.cli.tasks import follow
 from ai_agent_server.client import Client, Fetched
 from ai_agent_server.config.settings import environment
 from ai_agent_server.core.chat import JSONObject
@@ -134,11 +133,11 @@ async def _stop(child: asyncio.subprocess.Process) -> None:
 def _introduce(out: Console) -> None:
     pretty = msgspec.json.format(msgspec.json.encode({"payload": PAYLOAD}), indent=2).decode()
     out.print(f"POST /api/v1/{PROFILE}/{ROLE}")
-    out.print(cli_view.highlighted(pretty, "json"), soft_wrap=True)
+    out.print(view.highlighted(pretty, "json"), soft_wrap=True)
 
 
 def _conclude(out: Console, fetched: Fetched, state_dir: Path) -> None:
-    out.print(cli_view.result(fetched), soft_wrap=True)
+    out.print(view.result(fetched), soft_wrap=True)
     out.print()
     if fetched.packet.status != "completed":
         out.print(

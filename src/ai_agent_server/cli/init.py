@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ai_agent_server import discovery, llm_engines, probes
 from ai_agent_server.cli import Exit
-from ai_agent_server.cli_options import AsJSON, console, print_json
+from ai_agent_server.cli.options import AsJSON, console, print_json
 from ai_agent_server.config import settings
 from ai_agent_server.core.chat import JSONObject
 from ai_agent_server.errors import ConfigurationError

@@ -8,9 +8,8 @@ from cyclopts import App, Parameter
 from rich.table import Table
 from rich.text import Text
 
-from ai_agent_server import cli_view
-from ai_agent_server.cli import Exit
-from ai_agent_server.cli_options import AsJSON, ServerURL, connect, console, print_json
+from ai_agent_server.cli import Exit, view
+from ai_agent_server.cli.options import AsJSON, ServerURL, connect, console, print_json
 from ai_agent_server.core.api_schemas import LLMCard
 from ai_agent_server.core.chat import Capability, Decision, Privacy, Tier
 from ai_agent_server.load_balancer.base import Requirements
@@ -84,7 +83,7 @@ def explain(
     if as_json:
         print_json(found)
     else:
-        console().print(cli_view.decision(found), soft_wrap=True)
+        console().print(view.decision(found), soft_wrap=True)
     return Exit.OK if found.chosen is not None else Exit.FAILED
 
 

@@ -7,7 +7,7 @@ import msgspec
 from cyclopts import Parameter
 from rich.console import Console
 
-from ai_agent_server.cli_serve import API_KEY, DEFAULT_HOST, DEFAULT_PORT
+from ai_agent_server.cli.serve import API_KEY, DEFAULT_HOST, DEFAULT_PORT
 from ai_agent_server.client import Client
 from ai_agent_server.config.settings import environment
 

@@ -1,4 +1,4 @@
-"""The command line. Each command is a function of a `cli_...` module, imported when it is called."""
+"""The command line. Each command is a function of a module of this package, imported when it is called."""
 
 import os
 import sys
@@ -52,17 +52,17 @@ app = App(
     help_format="plaintext",
 )
 for _name, _path, _help in (
-    ("serve", "cli_serve:serve", "Run the server until Ctrl-C."),
-    ("demo", "cli_demo:demo", "Solve a real task on a server of its own, and show how."),
-    ("init", "cli_init:init", "Write a configuration.json from what this machine has."),
-    ("doctor", "cli_doctor:doctor", "Check engines, NATS, GPU, sandbox and state folder; say what to do."),
-    ("run", "cli_tasks:run", "Submit a task, follow it to its end, show the result."),
-    ("submit", "cli_tasks:submit", "Submit a task and print its id."),
-    ("watch", "cli_tasks:watch", "Follow a task to its end."),
-    ("tasks", "cli_tasks:tasks", "List tasks; show, cancel, delete one, or send feedback."),
-    ("llms", "cli_llms:llms", "List LLMs; switch one on or off; explain a choice."),
+    ("serve", "serve:serve", "Run the server until Ctrl-C."),
+    ("demo", "demo:demo", "Solve a real task on a server of its own, and show how."),
+    ("init", "init:init", "Write a configuration.json from what this machine has."),
+    ("doctor", "doctor:doctor", "Check engines, NATS, GPU, sandbox and state folder; say what to do."),
+    ("run", "tasks:run", "Submit a task, follow it to its end, show the result."),
+    ("submit", "tasks:submit", "Submit a task and print its id."),
+    ("watch", "tasks:watch", "Follow a task to its end."),
+    ("tasks", "tasks:tasks", "List tasks; show, cancel, delete one, or send feedback."),
+    ("llms", "llms:llms", "List LLMs; switch one on or off; explain a choice."),
 ):
-    app.command(f"ai_agent_server.{_path}", name=_name, help=_help)
+    app.command(f"ai_agent_server.cli.{_path}", name=_name, help=_help)
 
 
 def run(arguments: Sequence[str], *, environ: Mapping[str, str], errors: TextIO) -> int:
@@ -104,7 +104,3 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.OK
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,9 +16,9 @@ from rich.text import Text
 from ai_agent_server import probes
 from ai_agent_server.assembly import engine_for
 from ai_agent_server.cli import Exit
-from ai_agent_server.cli_options import AsJSON, ServerURL, connect, console, print_json
-from ai_agent_server.cli_serve import default_state_dir
-from ai_agent_server.cli_view import printable
+from ai_agent_server.cli.options import AsJSON, ServerURL, connect, console, print_json
+from ai_agent_server.cli.serve import default_state_dir
+from ai_agent_server.cli.view import printable
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import LLMSettings, MessagingSettings, Settings
 from ai_agent_server.errors import (
