@@ -105,6 +105,9 @@ class Admission:
         hopeless = self._hopeless(journey, decision)
         if hopeless is not None:
             raise hopeless
+        standing = self.standings.get(decision.chosen or "")
+        if standing is not None and standing.has_slot and not self._waiters:
+            return self._grant(standing, decision)
         granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(journey=journey, granted=granted, target=decision.chosen)
         self._waiters.append(waiter)
