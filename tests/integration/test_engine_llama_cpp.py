@@ -14,7 +14,7 @@ import msgspec
 import psutil
 import pytest
 
-from ai_agent_server.core.chat import ChatRequest, Tool, message
+from ai_agent_server.core.chat import ChatRequest, message
 from ai_agent_server.errors import (
     EngineError,
     EngineFailedError,
@@ -147,13 +147,6 @@ async def test_closing_during_a_load_leaves_no_process() -> None:
     with pytest.raises(EngineError):
         await loading
     assert children() == []
-
-
-async def test_a_tool_is_left_alone_where_words_do(engine: LlamaCppEngine) -> None:
-    tool = Tool(name="weather", parameters={"type": "object", "properties": {"city": {"type": "string"}}})
-    request = msgspec.structs.replace(ask("Hello, how are you?", max_tokens=200), tools=(tool,))
-    reply = await chat(engine, request)
-    assert bool(reply.tool_calls) != bool(reply.text)
 
 
 PARENT = """
