@@ -192,9 +192,9 @@ def _channel_lines() -> list[str]:
             "a task packet with its `profile` and `role`; acknowledged when its file is safe",
         ),
         (
-            f"`{FEEDBACK}.<task_id>`",
+            f"`{FEEDBACK}`",
             "the server",
-            "every event of the task, in order, with `task_id:seq` as its `Nats-Msg-Id`",
+            "every event of every task, in order per task, with `task_id:seq` as its `Nats-Msg-Id`",
         ),
         (
             f"`{FEEDBACK}` (or with `.<task_id>`)",
