@@ -7,7 +7,7 @@ llm_engines is tested from the moment it exists: it needs a rig in `RIGS`, and f
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, ClassVar
 
@@ -88,8 +88,6 @@ class Rig:
     kind: ClassVar[str]
     faults: frozenset[str] = frozenset(FAULTS)
     """What this kind can be made to suffer."""
-    obeys_requests = True
-    """False: it says what it was told to say, whatever it is asked."""
 
     def __init__(self) -> None:
         self._engines: list[LLMEngine] = []
@@ -185,7 +183,6 @@ class OllamaRig(DoubleRig):
 
 class ScriptedRig(Rig):
     kind = "local.scripted"
-    obeys_requests = False
     faults = frozenset({"refused", "silent", "cut", "misshapen", "busy", "auth", "bad_request", "failed"})
     _SWITCH: ClassVar[dict[str, str]] = {
         "refused": "unreachable",
@@ -234,9 +231,11 @@ class LlamaCppRig(Rig):
                 await asyncio.sleep(0.01)
 
 
-RIGS: dict[str, Callable[[], Rig]] = {
-    rig.kind: rig for rig in (OpenAIRig, LlamaServerRig, OllamaRig, ScriptedRig)
+RIGS: dict[str, type[Rig]] = {
+    rig.kind: rig for rig in (OpenAIRig, LlamaServerRig, OllamaRig, ScriptedRig, LlamaCppRig)
 }
+SERVED = sorted(kind for kind, rig in RIGS.items() if issubclass(rig, DoubleRig))
+FAILING = [(kind, fault) for kind in sorted(RIGS) for fault in FAULTS if fault in RIGS[kind].faults]
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -251,15 +250,12 @@ async def embedded() -> AsyncIterator[LLMEngine]:
 @pytest_asyncio.fixture(loop_scope="module", params=sorted(kinds(llm_engines)))
 async def rig(request: pytest.FixtureRequest, embedded: LLMEngine) -> AsyncIterator[Rig]:
     kind = request.param
-    if kind == LlamaCppRig.kind:
-        found: Rig = LlamaCppRig(embedded)
-    elif kind in RIGS:
-        found = RIGS[kind]()
-    else:
+    if kind not in RIGS:
         pytest.fail(
             f"the engine {kind!r} has no rig: write one in {__name__} (a DoubleRig, if it speaks to a "
             "server, and the server's double in tests/servers) and add it to RIGS"
         )
+    found = LlamaCppRig(embedded) if kind == LlamaCppRig.kind else RIGS[kind]()
     await found.start()
     yield found
     await found.stop()
@@ -309,9 +305,8 @@ async def test_no_delta_is_empty(rig: Rig) -> None:
         assert delta.text or delta.tool_calls or delta.finish_reason
 
 
+@pytest.mark.parametrize("rig", [*SERVED, LlamaCppRig.kind], indirect=True)
 async def test_an_answer_cut_at_max_tokens_says_length(rig: Rig) -> None:
-    if not rig.obeys_requests:
-        pytest.skip("it says what it was told to say")
     reply = await whole(rig.engine(), ask("Count to one hundred.", max_tokens=3))
     assert reply.finish_reason == "length"
     assert reply.usage.output_tokens <= 3
@@ -377,10 +372,8 @@ async def test_many_may_ask_at_the_same_time(rig: Rig) -> None:
     assert all(reply.text for reply in replies)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("rig", "fault"), FAILING, indirect=["rig"])
 async def test_a_fault_becomes_the_error_that_it_means(rig: Rig, fault: str) -> None:
-    if fault not in rig.faults:
-        pytest.skip(f"{rig.kind} cannot be made to suffer this here")
     engine = rig.failing(fault, EngineTimeouts(first_token_s=0.5, idle_s=0.5))
     text = "too long " * 3000 if fault == "overflow" else "Hello."
     schema = {"type": "strin"} if fault == "bad_request" else None
@@ -396,9 +389,8 @@ async def test_a_fault_becomes_the_error_that_it_means(rig: Rig, fault: str) -> 
         assert caught.value.retry_after_s == RETRY_AFTER_S
 
 
-async def test_a_fault_of_one_request_leaves_the_next_alone(rig: Rig) -> None:
-    if not isinstance(rig, DoubleRig):
-        pytest.skip("its faults are for good")
+@pytest.mark.parametrize("rig", SERVED, indirect=True)
+async def test_a_fault_of_one_request_leaves_the_next_alone(rig: DoubleRig) -> None:
     engine = rig.failing("cut")
     with pytest.raises(EngineProtocolError):
         await collect(engine, ask("Hello."))
@@ -406,17 +398,15 @@ async def test_a_fault_of_one_request_leaves_the_next_alone(rig: Rig) -> None:
     assert (await whole(engine, ask("Hello."))).text == rig.double.reply
 
 
-async def test_a_redirect_is_not_followed(rig: Rig) -> None:
-    if not isinstance(rig, DoubleRig):
-        pytest.skip("it answers no redirect")
+@pytest.mark.parametrize("rig", SERVED, indirect=True)
+async def test_a_redirect_is_not_followed(rig: DoubleRig) -> None:
     with pytest.raises(EngineRequestError, match="redirect"):
         await collect(rig.failing("redirect"), ask("Hello."))
     assert "/stolen" not in rig.double.paths()
 
 
-async def test_an_image_reaches_the_server_as_it_is(rig: Rig) -> None:
-    if not isinstance(rig, DoubleRig):
-        pytest.skip("it sees no images")
+@pytest.mark.parametrize("rig", SERVED, indirect=True)
+async def test_an_image_reaches_the_server_as_it_is(rig: DoubleRig) -> None:
     content = "iVBORw0KGgo="
     image = ImagePart(media_type="image/png", content=content)
     turn = Message(role="user", parts=(TextPart(text="What is it?"), image))
@@ -434,9 +424,8 @@ async def test_asking_for_the_models_loads_none(rig: Rig) -> None:
         assert all(request.method == "GET" for request in rig.double.requests)
 
 
-async def test_models_of_a_server_that_is_not_there_is_an_engine_error(rig: Rig) -> None:
-    if not isinstance(rig, DoubleRig):
-        pytest.skip("it needs no server")
+@pytest.mark.parametrize("rig", SERVED, indirect=True)
+async def test_models_of_a_server_that_is_not_there_is_an_engine_error(rig: DoubleRig) -> None:
     with pytest.raises(EngineUnreachableError):
         await rig.failing("refused").models()
 
@@ -457,14 +446,13 @@ async def test_a_closed_engine_closes_again_and_answers_with_an_engine_error(rig
         await collect(engine, ask("Hello."))
 
 
+@pytest.mark.parametrize("rig", [*SERVED, LlamaCppRig.kind], indirect=True)
 async def test_closing_the_engine_ends_its_streams_with_an_engine_error(rig: Rig) -> None:
     engine = rig.engine(says="word " * 3000, timeouts=EngineTimeouts(first_token_s=60))
     async with aclosing(engine.stream(ask("Count to one thousand.", max_tokens=900))) as stream:
         async with asyncio.timeout(60):
             await anext(stream)
         await engine.aclose()
-        if rig.kind == "local.scripted":
-            return
         with pytest.raises(EngineError):
             async with asyncio.timeout(60):
                 async for _ in stream:
