@@ -190,3 +190,23 @@ async def test_a_key_is_taken_in_both_forms_and_only_when_it_is_right(
         answer = await http.get("/api/v1/tasks", headers=httpx.Headers(encoded))
 
     assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://evil.example", 403),
+        ("http://localhost.evil.example:3160", 403),
+        ("null", 403),
+        ("http://[", 403),
+        ("http://localhost:5173", 202),
+        ("http://127.0.0.1:3160", 202),
+        ("http://[::1]:8080", 202),
+    ],
+)
+async def test_without_a_key_a_page_from_elsewhere_gives_no_work(
+    parts: Parts, http: httpx.AsyncClient, origin: str, status: int
+) -> None:
+    answer = await http.post("/api/v1/developer/planner", json={"payload": {}}, headers={"Origin": origin})
+
+    assert (answer.status_code, len(parts.engine.tasks)) == (status, status == 202)

@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
+from ipaddress import ip_address
 from typing import Any, TypeAlias, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 import structlog
@@ -16,6 +18,7 @@ from litestar.enums import MediaType
 from litestar.exceptions import (
     HTTPException,
     NotAuthorizedException,
+    PermissionDeniedException,
 )
 from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.params import FromPath
@@ -113,7 +116,7 @@ def create_app(
     return Litestar(
         # Litestar's own OPTIONS of a path knows the first method that was registered there, and only it.
         route_handlers=[*_options(handlers), *handlers],
-        guards=[] if api_key is None else [_key_guard(api_key)],
+        guards=[_refuse_foreign_page if api_key is None else _key_guard(api_key)],
         exception_handlers={
             AgentServerError: _on_our_error,
             HTTPException: _on_refusal,
@@ -452,6 +455,23 @@ def _key_guard(api_key: str) -> Callable[[ASGIConnection[Any, Any, Any, Any], Ba
             )
 
     return guard
+
+
+def _refuse_foreign_page(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
+    """Without a key, a page that the user's browser has open elsewhere must not be able to give work."""
+    origin = connection.headers.get("origin")
+    if origin is not None and not _is_loopback(origin):
+        raise PermissionDeniedException(
+            "a page from elsewhere may not use a server that asks for no API key; start it with one"
+        )
+
+
+def _is_loopback(origin: str) -> bool:
+    try:
+        host = urlsplit(origin).hostname or ""
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 async def _read_body(request: AnyRequest, limit_bytes: int) -> bytes:

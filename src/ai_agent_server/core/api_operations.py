@@ -466,7 +466,7 @@ def operations() -> tuple[Operation, ...]:
 
 def problem_kinds(operation: Operation) -> dict[int, list[ProblemKind]]:
     """What can go wrong in `operation`, by status."""
-    kinds = [REFUSALS[400]]
+    kinds = [REFUSALS[400], REFUSALS[403]]
     if not operation.is_public:
         kinds.append(REFUSALS[401])
     kinds.extend(problem_kind(cls) for cls in operation.problems)
@@ -507,6 +507,7 @@ def problem_examples() -> dict[str, Problem]:
     for status, detail in (
         (400, "Invalid host header"),
         (401, "send the server's API key as `Authorization: Bearer KEY` or as `x-api-key`"),
+        (403, "a page from elsewhere may not use a server that asks for no API key; start it with one"),
         (404, "Not Found"),
         (405, "Method Not Allowed"),
         (413, "the body may have 8388608 bytes (server.max_body_mb)"),

@@ -86,6 +86,7 @@ PROBLEMS: dict[type[errors.AgentServerError], ProblemKind] = {
 REFUSALS: dict[int, ProblemKind] = {
     400: ProblemKind("bad-request", 400, "The request is wrong"),
     401: ProblemKind("key-needed", 401, "An API key is needed"),
+    403: ProblemKind("foreign-page", 403, "A page from elsewhere may not ask"),
     404: ProblemKind("no-such-route", 404, "Nothing is here"),
     405: ProblemKind("method-not-allowed", 405, "The method is not allowed here"),
     413: ProblemKind("body-too-large", 413, "The body is too large"),
