@@ -15,7 +15,8 @@ import pytest
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
-from ai_agent_server.channels.base import DEAD_LETTERS, FEEDBACK, INBOUND, METRICS
+from ai_agent_server.channels.base import DEAD_LETTERS, FEEDBACK, INBOUND, METRICS, Channel, Delivery
+from ai_agent_server.channels.memory_channel import MemoryChannel
 from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.core.api_schemas import problem_kind
 from ai_agent_server.core.mcp_handler import REASONS, McpHandler
@@ -29,7 +30,7 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     Via,
 )
-from ai_agent_server.errors import IntakeFullError, StoreError, StoreFullError
+from ai_agent_server.errors import ChannelError, IntakeFullError, StoreError, StoreFullError
 from tests.servers.nats import NatsServer, a_nats_server
 from tests.servers.orchestration_double import OrchestrationDouble
 
@@ -59,6 +60,30 @@ class Engine(OrchestrationDouble):
     def only(self) -> TaskPacket:
         (packet,) = self.tasks.values()
         return packet
+
+
+class Forgetful(MemoryChannel):
+    """A channel that does not confirm the first `ack` of a message, and delivers it again."""
+
+    @asynccontextmanager
+    async def subscribe(
+        self, subject: str, *, group: str, max_in_flight: int = 64
+    ) -> AsyncIterator[AsyncIterator[Delivery]]:
+        async with super().subscribe(subject, group=group, max_in_flight=max_in_flight) as deliveries:
+            yield (_Unconfirmed(delivery) async for delivery in deliveries)
+
+
+class _Unconfirmed:
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+        self.subject, self.body, self.dedupe_id = delivery.subject, delivery.body, delivery.dedupe_id
+        self.delivered, self.nak, self.term = delivery.delivered, delivery.nak, delivery.term
+
+    async def ack(self) -> None:
+        if self.delivered == 1:
+            await self.nak(0)
+            raise ChannelError("not confirmed")
+        await self._delivery.ack()
 
 
 class Outside:
@@ -138,7 +163,7 @@ async def engine() -> Engine:
     return Engine()
 
 
-def a_handler(engine: OrchestrationDouble, channel: NatsChannel, folder: Path, **changes: Any) -> McpHandler:
+def a_handler(engine: OrchestrationDouble, channel: Channel, folder: Path, **changes: Any) -> McpHandler:
     settings: dict[str, Any] = {
         "clock": lambda: datetime.now(UTC),
         "metrics": lambda: b'{"tasks": 1}',
@@ -534,6 +559,21 @@ async def test_a_report_whose_packet_and_subject_name_two_tasks_is_a_dead_letter
     await until(lambda: handler.health().dead_letters == 1)
     (letter,) = await outside.kept(DEAD_LETTERS)
     assert (letter["reason"], letter["pointer"]) == ("invalid-packet", "/task_id")
+
+
+async def test_what_was_taken_but_not_confirmed_is_not_taken_twice(engine: Engine, tmp_path: Path) -> None:
+    channel = Forgetful()
+    async with a_handler(engine, channel, tmp_path):
+        await channel.publish(INBOUND, msgspec.json.encode(PACKET))
+        await until(lambda: engine.submitting == 2)
+        task_id = engine.only().task_id
+        report = {"task_id": task_id, "role": "qa", "outcome": "pass"}
+        await channel.publish(FEEDBACK, msgspec.json.encode(report))
+        await channel.publish(FEEDBACK, msgspec.json.encode(report | {"outcome": "fail"}))
+        await until(lambda: engine.only().revision == 3)
+    told = [msgspec.to_builtins(event) for event in engine.only().history]
+    assert [event.get("outcome") for event in told] == [None, "pass", "fail"]
+    await channel.aclose()
 
 
 # --- metrics ---
