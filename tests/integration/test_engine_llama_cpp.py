@@ -137,6 +137,13 @@ async def test_a_model_that_is_nowhere_starts_nothing() -> None:
     await engine.aclose()
 
 
+async def test_a_path_that_no_system_takes_is_an_engine_error() -> None:
+    engine = build("x" * 5000 + ".gguf")
+    with pytest.raises(EngineError):
+        await engine.models()
+    await engine.aclose()
+
+
 async def test_closing_during_a_load_leaves_no_process() -> None:
     engine = build()
     loading = asyncio.create_task(engine.load())

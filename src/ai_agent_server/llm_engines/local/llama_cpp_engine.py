@@ -17,6 +17,7 @@ from ai_agent_server.core.chat import ChatDelta, ChatRequest
 from ai_agent_server.errors import (
     EngineFailedError,
     EngineProtocolError,
+    EngineRequestError,
     EngineTimeoutError,
     EngineUnreachableError,
 )
@@ -150,9 +151,14 @@ class LlamaCppEngine:
         return child
 
     async def _path(self) -> Path:
-        return await asyncio.to_thread(
-            _gguf.resolve, self._spec.model, self._options.packages, engine=self._spec.name
-        )
+        try:
+            return await asyncio.to_thread(
+                _gguf.resolve, self._spec.model, self._options.packages, engine=self._spec.name
+            )
+        except OSError as exc:
+            raise EngineRequestError(
+                f"the model's file cannot be looked for: {exc.strerror}", engine=self._spec.name
+            ) from exc
 
     def _order(self, path: Path, api_key: str) -> Order:
         return Order(
