@@ -7,7 +7,7 @@ import msgspec
 
 from ai_agent_server.core.chat import ChatReply, ChatRequest, JSONObject
 from ai_agent_server.core.task_packet import Artifact, ErrorDetail, TaskPacket, TestReport
-from ai_agent_server.sandbox.base import Sandbox
+from ai_agent_server.sandbox.base import Sandbox, SandboxLimits
 
 
 class AgentCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +42,8 @@ class RoleSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int = 512
     temperature: float = 0.0
     options: JSONObject = msgspec.field(default_factory=dict)
+    sandbox_limits: SandboxLimits = SandboxLimits()
+    """What one run of model-written code may use, as `sandbox.limits` says."""
 
 
 class AgentContext(msgspec.Struct, frozen=True, kw_only=True):

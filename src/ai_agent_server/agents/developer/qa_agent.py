@@ -58,9 +58,9 @@ class QAAgent:
     """
 
     class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-        """`options` of the role."""
+        """`options` of the role. `sandbox_limits` stand in place of the configuration's own."""
 
-        sandbox_limits: SandboxLimits = SandboxLimits()
+        sandbox_limits: SandboxLimits | None = None
 
     card = AgentCard(
         name="qa",
@@ -78,7 +78,7 @@ class QAAgent:
         packet = context.packet
         if not _history.is_python(packet):
             return await self._review(context)
-        limits = _options(context).sandbox_limits
+        limits = _options(context).sandbox_limits or context.spec.sandbox_limits
         anchors = _history.anchors(packet)
         kept = _kept(packet, context.spec.role)
         written = kept if kept is not None else await self._write(context, anchors)
