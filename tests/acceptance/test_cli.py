@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 
 from ai_agent_server.config import settings
+from ai_agent_server.probes import lock_holder
 from tests.servers.process import ServerProcess, scripted, write_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -257,10 +258,9 @@ async def test_a_pipe_that_closes_early_is_no_error(at: dict[str, str], tmp_path
 async def test_ctrl_c_leaves_the_task_running_and_says_how_to_come_back(
     tmp_path: Path,
 ) -> None:
-    config = write_config(tmp_path, llms=scripted("x", delay_s=30.0), messaging={"enabled": False})
-    changes = json.loads(config.read_text())
-    changes["server"] = {"shutdown_s": 0.1}
-    config.write_text(json.dumps(changes))
+    config = write_config(
+        tmp_path, llms=scripted("x", delay_s=30.0), messaging={"enabled": False}, server={"shutdown_s": 0.1}
+    )
     async with ServerProcess(tmp_path / "state", config) as slow:
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "ai_agent_server", "run", "x",
@@ -297,6 +297,48 @@ async def test_on_a_terminal_the_running_step_is_live(at: dict[str, str], tmp_pa
     os.close(ours)
     assert "choosing an LLM" in seen
     assert "\x1b[1;32mcompleted" in seen
+
+
+async def demo_is_gone(state: Path) -> bool:
+    """Whether the demo's server has let go of its folder."""
+    async with asyncio.timeout(END_S):
+        while lock_holder(state / "lock") is not None:
+            await asyncio.sleep(0.1)
+    return True
+
+
+async def test_demo_solves_a_task_on_a_server_of_its_own_and_stops_it(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    ran = await cli("demo", "--config", str(server.config), cwd=tmp_path)
+    assert ran.code == 0, ran
+    for part in ("POST /api/v1/developer/planner", " 2 fast-coder", "def add(a, b):", "Try next"):
+        assert part in ran.out
+    (file,) = (tmp_path / "state/demo/tasks_state").rglob("*.json")
+    assert f"file {file}" in ran.out
+    assert '"server.stopped"' in (tmp_path / "state/demo/server.log").read_text()
+    assert await demo_is_gone(tmp_path / "state/demo")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_whatever_ends_the_demo_ends_its_server(number: signal.Signals, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, llms=scripted("x", delay_s=30.0), messaging={"enabled": False}, server={"shutdown_s": 0.1}
+    )
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "ai_agent_server", "demo", "--config", str(config),
+        cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout is not None
+    async with asyncio.timeout(END_S):
+        while b"planner  entry" not in await child.stdout.readline():
+            pass
+        assert lock_holder(tmp_path / "state/demo/lock") is not None
+        child.send_signal(number)
+        await child.communicate()
+    assert child.returncode == 130
+    assert await demo_is_gone(tmp_path / "state/demo")
 
 
 async def test_doctor_says_of_each_part_how_it_is_and_what_to_do(

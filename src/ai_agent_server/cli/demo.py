@@ -64,7 +64,10 @@ def demo(
     out = console()
     if not as_json:
         _introduce(out)
-    fetched = asyncio.run(_play(None if as_json else out, config, state_dir))
+    try:
+        fetched = asyncio.run(_play(None if as_json else out, config, state_dir))
+    except asyncio.CancelledError:
+        return Exit.INTERRUPTED
     if as_json:
         print_json({"file": fetched.file, "packet": fetched.packet})
     else:
@@ -73,6 +76,11 @@ def demo(
 
 
 async def _play(out: Console | None, config: Path | None, state_dir: Path) -> Fetched:
+    playing = asyncio.current_task()
+    assert playing is not None
+    # Whatever ends the demo ends its server too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
     async with _server(config, state_dir) as url, Client(url) as client:
         if out is not None:
             out.print(f"server {url}  log {state_dir / LOG_NAME}", soft_wrap=True)
@@ -96,6 +104,8 @@ async def _server(config: Path | None, state_dir: Path) -> AsyncIterator[str]:
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "ai_agent_server", *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=errors, env=kept,
+            # Ctrl-C is for the demo, which then stops its server in order.
+            start_new_session=True,
         )  # fmt: skip
     try:
         yield await _ready(child, log)
