@@ -343,6 +343,18 @@ async def test_a_packet_under_way_at_the_stop_is_finished(
     assert await outside.events() == [(engine.only().task_id, 1)]
 
 
+async def test_it_stops_while_the_server_is_away(
+    engine: Engine, channel: NatsChannel, outside: Outside, server: NatsServer, tmp_path: Path
+) -> None:
+    engine.gate.clear()
+    async with asyncio.timeout(WAIT_S), a_handler(engine, channel, tmp_path, shutdown_s=2.0):
+        for _ in range(12):
+            await outside.publish(INBOUND, PACKET)
+        await until(lambda: engine.submitting == 8)
+        await asyncio.to_thread(server.kill)
+        engine.gate.set()
+
+
 # --- events go out ---
 
 

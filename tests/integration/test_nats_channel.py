@@ -105,9 +105,8 @@ async def test_what_was_published_before_a_kill_is_there_after_it(
         await delivery.ack()
 
 
-async def test_a_delivery_from_before_a_kill_is_acked_after_it_or_comes_again(
-    channel: NatsChannel, server: NatsServer
-) -> None:
+async def test_a_delivery_from_before_a_kill_is_acked_after_it_or_comes_again(server: NatsServer) -> None:
+    channel = await NatsChannel.connect(server.url, credentials=server.credentials, ack_wait_s=2.0)
     await channel.publish(INBOUND, b"first")
     async with channel.subscribe(INBOUND, group="a") as deliveries:
         before = await the_next(deliveries)
@@ -121,6 +120,7 @@ async def test_a_delivery_from_before_a_kill_is_acked_after_it_or_comes_again(
             await again.ack()
     async with by_hand(server) as jetstream:
         assert (await jetstream.stream_info("AI_AGENT_SERVER_INBOUND")).state.messages == 0
+    await channel.aclose()
 
 
 async def test_a_delivery_that_is_worked_on_for_long_is_not_delivered_again(server: NatsServer) -> None:

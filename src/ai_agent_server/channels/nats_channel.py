@@ -264,6 +264,8 @@ class _Subscription:
     async def give_back(self) -> None:
         """Return what is open, so that another member gets it now."""
         for delivery in tuple(self._open.values()):
+            if not self._link.is_connected:
+                return  # the server will miss the heartbeats, and deliver them again
             with suppress(ChannelError):
                 await delivery.nak(0.0)
 

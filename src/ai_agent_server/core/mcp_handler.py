@@ -211,13 +211,20 @@ class McpHandler:
         engine.observe(self._outbox.tell)
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self.run(), name="message-control-protocol")
+        self._task = asyncio.create_task(self._run_or_tell(), name="message-control-protocol")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.stop()
         if self._task is not None:
             await self._task
+
+    async def _run_or_tell(self) -> None:
+        try:
+            await self.run()
+        except Exception:
+            log.exception("mcp.ended")  # at once, and not only when somebody leaves the handler
+            raise
 
     def stop(self) -> None:
         """Let `run` return: take nothing new, finish what is open within `shutdown_s`."""
@@ -461,7 +468,12 @@ class _Outbox:
         cursor: str | None = None
         found = 0
         while True:
-            page = await self._engine.list(TaskFilter(), limit=PAGE, cursor=cursor)
+            try:
+                page = await self._engine.list(TaskFilter(), limit=PAGE, cursor=cursor)
+            except StoreError as exc:
+                log.warning("mcp.unreadable", problem=str(exc))
+                await asyncio.sleep(self._retry_s)
+                continue
             # All pages: they are in the order of creation, and an old task may have changed lately.
             for task in page.items:
                 if task.updated_at is not None and task.updated_at > mark:
