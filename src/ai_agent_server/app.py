@@ -210,19 +210,21 @@ async def running(
             store=lambda: server.store_health,
         )
         engine.observe(metrics.observe)
-        if settings.messaging.enabled:
-            handler = McpHandler(
-                engine,
-                channel,
-                clock=_now,
-                metrics=metrics.encode,
-                metrics_interval_s=settings.messaging.metrics_interval_s,
-                state_path=state_dir / "published.json",
-                shutdown_s=settings.server.shutdown_s,
-            )
-            await stack.enter_async_context(handler)
+        handler = McpHandler(
+            engine,
+            channel,
+            clock=_now,
+            metrics=metrics.encode,
+            metrics_interval_s=settings.messaging.metrics_interval_s,
+            state_path=state_dir / "published.json",
+            shutdown_s=settings.server.shutdown_s,
+        )
+        # Closed twice: last here if the next lines fail, and first of all at a regular end, so that
+        # the handler still publishes what the engine's last steps wrote.
         stack.push_async_callback(engine.aclose)
         await engine.start()
+        await stack.enter_async_context(handler)
+        stack.push_async_callback(engine.aclose)
         if config is not None:
             watch = asyncio.create_task(_reload_on_change(server, config), name="config-watch")
             stack.push_async_callback(_stopped, watch)
