@@ -60,6 +60,7 @@ def test_every_route_is_in_the_document_and_every_operation_is_a_route() -> None
     }
 
     assert routes == {(operation.method, operation.path) for operation in operations()}
+    assert len({operation.id for operation in operations()}) == len(operations())
 
 
 def test_every_example_is_what_its_schema_says() -> None:

@@ -226,6 +226,12 @@ async def test_an_id_that_is_no_uuid_is_no_task_and_reaches_nobody(
         assert answer.headers["content-type"] == "application/problem+json"
 
 
+async def test_options_tell_every_method_of_a_path(http: httpx.AsyncClient) -> None:
+    answer = await http.options(f"/api/v1/tasks/{uuid4()}")
+
+    assert (answer.status_code, answer.headers["allow"]) == (204, "DELETE, GET, OPTIONS")
+
+
 async def first_task(parts: Parts) -> str:
     async with asyncio.timeout(20):
         while not parts.engine.tasks or not parts.engine.followers:
