@@ -18,7 +18,7 @@ NOBODY = 65534
 async def test_the_second_tier_takes_over_where_namespaces_are_refused(user: int | None) -> None:
     if not (await Landlock().probe()).works:
         pytest.skip("this kernel has no Landlock")
-    groups = None if user is None else []
+    groups: list[int] | None = None if user is None else []
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-B", str(PROGRAM), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         cwd="/", env={"PATH": os.environ["PATH"]}, user=user, group=user, extra_groups=groups,

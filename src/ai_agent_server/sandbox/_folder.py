@@ -12,7 +12,6 @@ from ai_agent_server.sandbox._helper import (
     helper_argv,
     inner_argv,
     inner_environment,
-    package_root,
     run_helper,
 )
 from ai_agent_server.sandbox._inside import remove_tree
@@ -50,7 +49,7 @@ async def run_in_folder(
         environment=inner_environment(interpreter),
     )
     try:
-        return await run_helper(helper_argv(interpreter, str(package_root())), request, tier=tier)
+        return await run_helper(helper_argv(interpreter), interpreter, request, tier=tier)
     finally:
         # the helper removes it; this is for the helper that did not get so far
         if await asyncio.to_thread(Path(work).exists):

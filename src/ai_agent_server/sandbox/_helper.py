@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import marshal
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -21,6 +22,25 @@ _GRACE_S = 20.0
 _END_S = 12.0
 _ERRORS_BYTES = 8192
 _NOBODY = 65534
+_BOOT = f"""
+import marshal, os, sys
+def take(count):
+    text = b''
+    while len(text) < count:
+        part = os.read(0, count - len(text))
+        if not part:
+            sys.exit('the server went away')
+        text += part
+    return text
+for name, code in marshal.loads(take(int.from_bytes(take({LENGTH_BYTES}), 'big'))):
+    module = sys.modules[name] = type(sys)(name)
+    module.__path__ = []
+    exec(code, vars(module))
+    parent, _, leaf = name.rpartition('.')
+    if parent:
+        setattr(sys.modules[parent], leaf, module)
+module.main()
+"""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,17 +70,9 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     memory_peak_kb: int = 0
 
 
-def package_root() -> Path:
-    """The folder that `ai_agent_server` lies in."""
-    return Path(__file__).resolve().parents[2]
-
-
-def helper_argv(interpreter: Interpreter, root: str) -> tuple[str, ...]:
-    """How the helper is started, with the package found below `root`."""
-    program = (
-        f"import sys; sys.path.append({root!r}); from ai_agent_server.sandbox._inside import main; main()"
-    )
-    return (interpreter.executable, *PYTHON_FLAGS, "-c", program)
+def helper_argv(interpreter: Interpreter) -> tuple[str, ...]:
+    """How the helper is started; its modules come over its stdin."""
+    return (interpreter.executable, *PYTHON_FLAGS, "-c", _BOOT)
 
 
 def inner_argv(interpreter: Interpreter, argv: tuple[str, ...]) -> tuple[str, ...]:
@@ -85,13 +97,16 @@ def check_files(files: Mapping[str, str]) -> None:
         raise SandboxError(f"more than {MAX_FILES_BYTES // 1024 // 1024} MiB of files")
 
 
-async def run_helper(argv: tuple[str, ...], request: Request, *, tier: Tier) -> SandboxReport:
+async def run_helper(
+    argv: tuple[str, ...], interpreter: Interpreter, request: Request, *, tier: Tier
+) -> SandboxReport:
     """Run the helper by `argv`, ask it `request`, and be gone only when it and all below it are.
 
     Raises `SandboxError` when it does not start.
     """
     check_files(request.files)
-    text = msgspec.json.encode(request)
+    asked = marshal.dumps(msgspec.to_builtins(request))
+    text = b"".join(len(part).to_bytes(LENGTH_BYTES, "big") + part for part in (interpreter.helper, asked))
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,
@@ -113,20 +128,20 @@ async def _converse(
     process: asyncio.subprocess.Process, text: bytes, request: Request, tier: Tier
 ) -> SandboxReport:
     to, answer, errors = _streams(process)
-    # each stream is cut twice, escaped to six bytes a byte at worst
-    most = request.limits.output_kb * 1024 * 2 * 6 + 65536
+    # two streams, each cut; a byte that is no UTF-8 becomes three
+    most = request.limits.output_kb * 1024 * 2 * 3 + 65536
     async with asyncio.TaskGroup() as group:
         stdout = group.create_task(_read_at_most(answer, most))
         stderr = group.create_task(_read_at_most(errors, _ERRORS_BYTES))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            to.write(len(text).to_bytes(LENGTH_BYTES, "big") + text)
+            to.write(text)
             await to.drain()
     said = stdout.result()
     if not said.startswith(READY):
         last = stderr.result().decode("utf-8", "replace").strip()
         raise SandboxError(f"the helper did not start: {last[-500:] or 'it said nothing'}")
     try:
-        answered = msgspec.json.decode(said[len(READY) :], type=_Answer)
+        answered = msgspec.msgpack.decode(said[len(READY) :], type=_Answer)
     except msgspec.DecodeError:
         last = stderr.result().decode("utf-8", "replace").strip()
         return SandboxReport(

@@ -1,15 +1,23 @@
 """The interpreter that runs inside: its executable, and the only paths that it needs to read."""
 
 import asyncio
+import marshal
 import sys
+from importlib.abc import InspectLoader
 from pathlib import Path
+from types import CodeType, ModuleType
 
 import msgspec
 
+import ai_agent_server
+from ai_agent_server import sandbox
 from ai_agent_server.errors import SandboxError
+from ai_agent_server.sandbox import _inside, _landlock_abi, _seccomp
 
 PYTHON_FLAGS = ("-I", "-S", "-B", "-X", "utf8")
 
+_HELPER = (ai_agent_server, sandbox, _landlock_abi, _seccomp, _inside)
+"""In the order in which they are loaded."""
 _FIND_S = 30.0
 _LIST_LIBRARIES = """
 import importlib, os, sys, sysconfig
@@ -36,6 +44,8 @@ class Interpreter(msgspec.Struct, frozen=True, kw_only=True):
     """Links on the way to the loader: (path, target), as /lib64 -> usr/lib64."""
     library_path: str
     """For LD_LIBRARY_PATH: ld.so.cache is not readable inside."""
+    helper: bytes
+    """The helper's modules, compiled: they travel, so that no file of ours need be readable inside."""
 
 
 async def find_interpreter() -> Interpreter:
@@ -68,7 +78,20 @@ def described(executable: str, listing: str) -> Interpreter:
     links, loaders = _loader_paths()
     readable = _without_nested({executable, *standard, *folders, *loaders})
     outside = sorted(folder for folder in folders if not any(_is_below(folder, path) for path in standard))
-    return Interpreter(executable=executable, readable=readable, links=links, library_path=":".join(outside))
+    return Interpreter(
+        executable=executable,
+        readable=readable,
+        links=links,
+        library_path=":".join(outside),
+        helper=marshal.dumps([(module.__name__, _code(module)) for module in _HELPER]),
+    )
+
+
+def _code(module: ModuleType) -> CodeType | None:
+    loader = module.__spec__.loader if module.__spec__ else None
+    if not isinstance(loader, InspectLoader):
+        raise SandboxError(f"{module.__name__} cannot be handed to the helper")
+    return loader.get_code(module.__name__)
 
 
 def _base_executable() -> str:

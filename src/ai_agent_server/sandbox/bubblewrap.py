@@ -14,7 +14,6 @@ from ai_agent_server.sandbox._helper import (
     helper_argv,
     inner_argv,
     inner_environment,
-    package_root,
     run_helper,
 )
 from ai_agent_server.sandbox._interpreter import Interpreter, find_interpreter
@@ -24,7 +23,6 @@ from ai_agent_server.sandbox.base import SandboxLimits, SandboxProbe, SandboxRep
 __all__ = ("Bubblewrap",)
 
 WORK = "/work"
-_PACKAGE = "/package"
 _FOLDER_SIZE = 4
 """The work folder's file system holds this many times the limit of one file."""
 _ADVICE = (
@@ -70,7 +68,7 @@ class Bubblewrap:
             environment=inner_environment(interpreter),
         )
         command = bwrap_argv(_bwrap(), interpreter, as_root=as_root, limits=limits)
-        return await run_helper(command, request, tier="bubblewrap")
+        return await run_helper(command, interpreter, request, tier="bubblewrap")
 
 
 def bwrap_argv(
@@ -95,14 +93,10 @@ def bwrap_argv(
         argv += ["--ro-bind", path, path]
     for path, target in interpreter.links:
         argv += ["--symlink", target, path]
-    # the helper's own package, and of it no more than the helper imports
-    ours = package_root() / "ai_agent_server"
-    for name in ("__init__.py", "sandbox"):
-        argv += ["--ro-bind", str(ours / name), f"{_PACKAGE}/ai_agent_server/{name}"]
     size = limits.file_mb * _FOLDER_SIZE * 1024 * 1024
     argv += ["--proc", "/proc", "--dev", "/dev", "--size", str(size), "--tmpfs", WORK]
     argv += ["--symlink", WORK, "/tmp", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", WORK]  # noqa: S108 - a path inside
-    return (*argv, "--", *helper_argv(interpreter, _PACKAGE))
+    return (*argv, "--", *helper_argv(interpreter))
 
 
 def _bwrap() -> str:
