@@ -281,7 +281,18 @@ async def test_a_filter_lets_through_what_it_names(
     assert [names[item.task_id] for item in page.items] == expected
 
 
-@pytest.mark.parametrize("cursor", ["", "!", "AAAA", "e30", "MS4wLy4uLy4u", "bmFuLzA", "\u00e9"])
+@pytest.mark.parametrize(
+    "cursor",
+    [
+        "",
+        "!",
+        "AAAA",
+        "e30",
+        "MS4wLy4uLy4u",
+        "bmFuLzAxOTljMGRlLTAwMDAtNzAwMC04MDAwLTAwMDAwMDAwMDAwYQ",
+        "\u00e9",
+    ],
+)
 async def test_what_is_no_cursor_is_refused(store: TaskStore, cursor: str) -> None:
     with pytest.raises(InvalidPacketError) as caught:
         await store.list(ANY, limit=10, cursor=cursor)

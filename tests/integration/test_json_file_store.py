@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -94,6 +94,27 @@ async def test_a_file_that_was_cut_is_moved_aside_and_the_others_serve(root: Pat
         assert (health.ok, health.tasks, health.corrupt) == (True, 1, 1)
     assert (root / "corrupt" / path.name).read_bytes() == half
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("true", "false"),
+    [
+        (b'"created_at":"2026-01-01T12:00:00Z"', b'"created_at":"2026-01-01T12:00:00"'),
+        (b'"revision":1', b'"revision":2'),
+        (b'"status":"submitted"', b'"status":"lost"'),
+    ],
+)
+async def test_a_live_task_that_was_edited_into_nonsense_is_moved_aside(
+    root: Path, true: bytes, false: bytes
+) -> None:
+    async with opened(root) as store:
+        path = Path(store.location((await accepted(store)).task_id))
+    content = path.read_bytes()
+    assert true in content
+    path.write_bytes(content.replace(true, false))
+    async with opened(root) as store:
+        assert (await store.health()).corrupt == 1
+        assert await store.live() == ()
 
 
 @pytest.mark.parametrize(
@@ -296,6 +317,8 @@ async def _refusals(root: Path) -> None:
     except StoreUnusableError as exc:
         say(f"refused: {exc}")
         return
+    filler = root.parent / "filler"
+    filler.write_bytes(bytes(80_000 if "tmpfs" in sys.argv else 0))
     first = await accepted(store)
     kept = [first]
     problem = ""
@@ -305,6 +328,9 @@ async def _refusals(root: Path) -> None:
         except StoreFullError as exc:
             problem = str(exc)
     say(f"full: {problem}")
+    with suppress(OSError), filler.open("ab", buffering=0) as rest:
+        while rest.write(bytes(4096)):
+            pass
     for payload in ({"prompt": "x" * 200_000}, {"prompt": "x" * 2_000_000}):
         with pytest.raises(StoreFullError):
             await accepted(store, payload, key="k")
@@ -316,13 +342,14 @@ async def _refusals(root: Path) -> None:
             expected_revision=1,
         )
     assert await store.read(first.task_id) == first
+    await store.aclose()
+    store = JsonFileStore(root)
+    await store.open()
+    say(f"health: {(await store.health()).ok}")
+    assert await store.read(kept[-1].task_id) == kept[-1]
+    filler.unlink(missing_ok=True)
     for task in kept[1:]:
-        ended = task
-        try:
-            ended = await canceled(store, task)
-        except StoreFullError:
-            continue
-        await store.delete(ended.task_id)
+        await store.delete((await canceled(store, task)).task_id)
     after = await store.append(first.task_id, [Started(at=NOW, generation=1)], expected_revision=1)
     await store.aclose()
     async with opened(root) as again:
@@ -331,9 +358,9 @@ async def _refusals(root: Path) -> None:
     say("works again")
 
 
-def _child(root: Path, *before: str) -> subprocess.CompletedProcess[str]:
+def _child(root: Path, *before: str, on: str = "disk") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*before, sys.executable, "-m", __name__, str(root)],
+        [*before, sys.executable, "-m", __name__, str(root), on],
         check=False,
         capture_output=True,
         text=True,
@@ -356,9 +383,10 @@ def _mounting(command: str) -> tuple[str, ...]:
 
 
 def test_a_disk_that_is_really_full_loses_nothing(tmp_path: Path) -> None:
-    ran = _child(tmp_path / "state", *_mounting(f"mount -t tmpfs -o size=400k tmpfs {tmp_path}"))
+    ran = _child(tmp_path / "state", *_mounting(f"mount -t tmpfs -o size=400k tmpfs {tmp_path}"), on="tmpfs")
     assert "full: no space left" in ran.stdout, ran.stderr
     assert "left: [] []" in ran.stdout
+    assert "health: False" in ran.stdout, ran.stderr
     assert "works again" in ran.stdout, ran.stderr
 
 

@@ -21,9 +21,10 @@ def translated(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
+        where = exc.filename or path
         if exc.errno in _FULL:
-            raise StoreFullError(f"no space left for {path}: {exc.strerror}") from exc
-        raise StoreUnusableError(f"{path}: {exc.strerror}") from exc
+            raise StoreFullError(f"no space left for {where}: {exc.strerror}") from exc
+        raise StoreUnusableError(f"{where}: {exc.strerror}") from exc
 
 
 def place(path: Path, content: bytes) -> None:
@@ -81,8 +82,6 @@ class FolderLock:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
             except BlockingIOError as exc:
                 owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
                 os.close(descriptor)
@@ -94,6 +93,9 @@ class FolderLock:
                 os.close(descriptor)
                 raise
         self._descriptor = descriptor
+        with suppress(OSError):  # on a full disk it is still our lock, only without a name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Let go. The file stays: removing it would let two servers each lock a file of their own."""

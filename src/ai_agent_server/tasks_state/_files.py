@@ -142,6 +142,8 @@ def decode(content: bytes, blobs: Blobs) -> tuple[TaskPacket, Written]:
         packet, written = _packets.decode(content), _parts.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise CorruptTaskError(str(exc)) from exc
+    if packet.revision != len(packet.history):
+        raise CorruptTaskError(f"revision is {packet.revision}, but there are {len(packet.history)} events")
     return (_joined(packet, written.blobs, blobs) if written.blobs else packet), written
 
 
@@ -159,6 +161,8 @@ def decode_head(content: bytes) -> Head:
         head = _heads.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise CorruptTaskError(str(exc)) from exc
+    if head.created_at.tzinfo is None:
+        raise CorruptTaskError("created_at has no time zone")
     if head.schema_version > SCHEMA_VERSION:
         raise StoreUnusableError(
             f"task {head.task_id} was written by a newer release "

@@ -2,13 +2,14 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from ai_agent_server.core.task_packet import TaskPacket, TaskSummary
-from ai_agent_server.errors import CorruptTaskError, StoreUnusableError, TaskNotFoundError
+from ai_agent_server.errors import CorruptTaskError, StoreFullError, StoreUnusableError, TaskNotFoundError
 from ai_agent_server.tasks_state._disk import (
     TEMPORARY,
     FolderLock,
@@ -66,7 +67,8 @@ class TaskFolder:
                 raise StoreUnusableError(f"{self.root} is not a folder")
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock.acquire()
-            self.probe()
+            with suppress(StoreFullError):  # ended tasks can be read, and deleted to make space
+                self.probe()
             for folder in (self._tasks, self._blobs.root):
                 folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self.root)
@@ -93,7 +95,7 @@ class TaskFolder:
     def write(self, packet: TaskPacket, before: Written | None) -> Written:
         """Make the task's file say `packet`; `before` is what the last write answered.
 
-        Raises `StoreError` children; the file is as it was then.
+        Raises `StoreError` children; the file is as it was then, and its next write may succeed.
         """
         path = self.path(packet.task_id)
         with translated(path):

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import math
 import re
 from bisect import bisect_left, insort
 from collections import Counter
@@ -109,18 +110,14 @@ class TaskIndex:
         Raises `IdempotencyConflictError` when that task was asked for something else.
         """
         key = packet.idempotency_key
-        named = packet.task_id
         found = self._by_key.get(key) if key is not None else None
-        if found is not None and key is not None:
-            named = key
-        else:
-            found = packet.task_id
-        summary = self._summaries.get(found)
+        summary = self._summaries.get(found or packet.task_id)
         if summary is None:
             return None
         if summary.request_sha256 != packet.request_sha256:
-            raise IdempotencyConflictError(named, found)
-        return found
+            name = packet.task_id if found is None else key
+            raise IdempotencyConflictError(name or "", summary.task_id)
+        return summary.task_id
 
     def live(self) -> tuple[str, ...]:
         """The ids of the tasks that have not ended, oldest first."""
@@ -180,7 +177,7 @@ def _read_cursor(cursor: str) -> _Place:
         place = float(seconds), task_id
     except (binascii.Error, ValueError) as exc:
         raise _not_a_cursor() from exc
-    if not is_canonical(task_id) or _cursor(place) != cursor:
+    if not math.isfinite(place[0]) or not is_canonical(task_id) or _cursor(place) != cursor:
         raise _not_a_cursor()
     return place
 

@@ -240,6 +240,8 @@ class JsonFileStore:
                 del self._keys_under_way[job.key]
             if job.problem is None:
                 job.publish(job.written)
+            else:
+                log.error("store.write_failed", task_id=job.task_id, problem=str(job.problem))
             job.done.set_result(job.problem)
 
     def _publish(self, packet: TaskPacket, written: Written | None) -> None:
