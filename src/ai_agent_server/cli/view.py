@@ -128,13 +128,13 @@ def _reason(llm: str, why: str) -> str:
 
 def _report(report: TestReport) -> list[Text]:
     lines = [Text("   ").append_text(verdict(report))]
-    if report.failing:
-        lines.append(_line(f"first to fail: {_cut(report.failing[0])}", style="dim"))
-    lines += [
-        _line(line, style="dim")
-        for line in printable(report.detail).splitlines()[:DETAIL_LINES]
-        if line.strip()
+    first = _cut(report.failing[0]) if report.failing else ""
+    if first:
+        lines.append(_line(f"first to fail: {first}", style="dim"))
+    detail = [
+        line for line in printable(report.detail).splitlines() if line.strip() and line.strip() != first
     ]
+    lines += [_line(line, style="dim") for line in detail[:DETAIL_LINES]]
     return lines
 
 
