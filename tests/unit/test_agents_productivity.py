@@ -203,7 +203,14 @@ async def test_a_file_is_read_where_it_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "image", ["/etc/passwd", "data:image/png,rawbytes", "data:image/png;base64,***", data_url(b"GIF? no")]
+    "image",
+    [
+        "/etc/passwd",
+        "data:image/png,rawbytes",
+        "data:image/png;base64,é",
+        data_url(PNG) + "***",
+        data_url(b"GIF? no"),
+    ],
 )
 async def test_what_is_no_image_is_refused_before_anybody_is_asked(image: str) -> None:
     chat = Chat("A cat.")

@@ -1,7 +1,6 @@
 """The eye: a question about an image, for an LLM that can see."""
 
 import base64
-import binascii
 
 from ai_agent_server.agents._answer import read_object, read_text
 from ai_agent_server.agents._prompt import as_text, request
@@ -60,7 +59,7 @@ def _from_data_url(url: str) -> bytes:
         )
     try:
         return base64.b64decode(body, validate=True)
-    except binascii.Error as exc:
+    except ValueError as exc:
         raise InvalidPacketError(
             "the data URL is not base64", pointer="/payload/image", expected="data:image/png;base64,..."
         ) from exc
