@@ -7,7 +7,7 @@ another user where it is root, no_new_privs, Landlock, seccomp), runs the progra
 process tree, kills it, and writes one report to its stdout.
 
 The child never holds the helper's stdin or stdout, so it cannot write a report. Standard library
-only: the helper runs with -I -S. What takes long to import (pathlib, json, typing) stays out: requests
+only: the helper runs with -I -S. What takes long to import (pathlib, json, signal) stays out: requests
 come marshalled, from a server that is trusted; reports go as MessagePack, to one that trusts nobody.
 """
 # pathlib takes longer to import than everything else here together
@@ -19,7 +19,6 @@ import marshal
 import os
 import resource
 import select
-import signal
 import struct
 import sys
 import time
@@ -32,6 +31,7 @@ LENGTH_BYTES = 8
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP = 1, 4, 22
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP = 36, 38, 24
 _SECCOMP_MODE_FILTER = 2
+_SIGKILL, _SIGXCPU = 9, 24
 _NOBODY = 65534
 _SANDBOX_UIDS = 0x70000000
 _OPEN_FILES = 256
@@ -80,7 +80,6 @@ def main() -> None:
     # Neither core nor /proc/<helper>/fd is for the child to read; then orphans come to the helper
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     _write(READY)
     request = marshal.loads(_read_request())  # noqa: S302 - the server's own words
     work = request["work"]
@@ -166,7 +165,7 @@ class _Run:
 
     def _confine(self) -> list[str]:
         libc, limits = self.libc, self.limits
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
         # RLIMIT_NPROC counts all tasks of the user. Where the user is not this run's own, what it
         # runs already is added; a namespace counts its own.
         others = 0 if self.namespace or self.uid >= 0 else _tasks_of(os.getuid())
@@ -192,7 +191,7 @@ class _Run:
             os.setresgid(self.gid, self.gid, self.gid)
             os.setresuid(self.uid, self.uid, self.uid)
             # a change of user clears it
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
         if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "no_new_privs was refused")
         layers = ["rlimits"]
@@ -331,7 +330,7 @@ class _Run:
             if time.monotonic() > deadline:
                 return len(pids)
             for pid in pids:
-                _signal(pid, signal.SIGKILL)
+                _signal(pid, _SIGKILL)
             time.sleep(0.0005)
 
     def _report(
@@ -364,10 +363,10 @@ class _Run:
 
 def _verdict(code: int | None, number: int | None, stderr: str) -> tuple[str, str]:
     """What an end that nobody forced means."""
-    if number == signal.SIGXCPU:
+    if number == _SIGXCPU:
         return "timeout", "the CPU time was used up"
     if number is not None:
-        return "signal", f"ended by {signal.Signals(number).name if number < 32 else number}"
+        return "signal", f"ended by signal {number}"
     if code == 0:
         return "ok", ""
     lines = stderr.rstrip().rsplit("\n", 1)
