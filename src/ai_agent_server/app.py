@@ -31,8 +31,8 @@ from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
 from ai_agent_server.discovery import implementation
 from ai_agent_server.errors import ConfigurationError
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
-from ai_agent_server.sandbox.base import SandboxProbe
 from ai_agent_server.sandbox._choose import choose_sandbox
+from ai_agent_server.sandbox.base import SandboxProbe
 from ai_agent_server.tasks_state.base import StoreHealth, TaskStore
 
 events = structlog.get_logger(__name__)
@@ -88,6 +88,12 @@ class Server:
             changed = tuple(sorted(_differences(msgspec.to_builtins(old), msgspec.to_builtins(new))))
             events.info("config.reloaded", changed=len(changed))
             return ReloadReport(source=str(self._config or "packaged"), changed=changed)
+
+    def store_gauge(self) -> StoreHealth | None:
+        """The store as it was last looked at, with today's count of tasks."""
+        if self.store_health is None:
+            return None
+        return msgspec.structs.replace(self.store_health, tasks=sum(self.store.counts().values()))
 
     async def health(self) -> HealthReport:
         """Each part as it stands; no model is loaded nor kept warm by asking."""
@@ -207,7 +213,7 @@ async def running(
             tasks=store.counts,
             llms=balancer.views,
             nats=channel.health,
-            store=lambda: server.store_health,
+            store=server.store_gauge,
         )
         engine.observe(metrics.observe)
         handler = McpHandler(

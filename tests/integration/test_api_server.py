@@ -210,3 +210,9 @@ async def test_without_a_key_a_page_from_elsewhere_gives_no_work(
     answer = await http.post("/api/v1/developer/planner", json={"payload": {}}, headers={"Origin": origin})
 
     assert (answer.status_code, len(parts.engine.tasks)) == (status, status == 202)
+
+
+async def test_a_name_that_was_made_to_point_here_reads_nothing(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/api/v1/tasks", headers={"Host": "attacker.example"})
+    assert answer.status_code == 403
+    assert (await http.get("/api/v1/tasks", headers={"Host": "localhost:3160"})).status_code == 200

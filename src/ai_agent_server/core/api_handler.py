@@ -458,9 +458,13 @@ def _key_guard(api_key: str) -> Callable[[ASGIConnection[Any, Any, Any, Any], Ba
 
 
 def _refuse_foreign_page(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-    """Without a key, a page that the user's browser has open elsewhere must not be able to give work."""
+    """Without a key, a page that the user's browser has open elsewhere must neither give work nor read.
+
+    Its `Origin` betrays it; where its name was made to point here (DNS rebinding), its `Host` does.
+    """
     origin = connection.headers.get("origin")
-    if origin is not None and not _is_loopback(origin):
+    host = connection.headers.get("host")
+    if (origin is not None and not _is_loopback(origin)) or (host and not _is_loopback(f"http://{host}")):
         raise PermissionDeniedException(
             "a page from elsewhere may not use a server that asks for no API key; start it with one"
         )
