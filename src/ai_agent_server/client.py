@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -115,7 +116,7 @@ class Client:
         """Send a task. The same key again answers the same task."""
         answer = await self._ask(
             "POST",
-            f"/api/v1/{profile}/{role}",
+            f"/api/v1/{_segment(profile)}/{_segment(role)}",
             body=_draft_body(draft),
             headers={"Idempotency-Key": idempotency_key},
         )
@@ -123,7 +124,7 @@ class Client:
 
     async def task(self, task_id: str) -> Fetched:
         """The task as it is."""
-        return self._fetched(await self._ask("GET", f"{TASKS}/{task_id}"))
+        return self._fetched(await self._ask("GET", f"{TASKS}/{_segment(task_id)}"))
 
     async def tasks(
         self,
@@ -141,16 +142,16 @@ class Client:
 
     async def cancel(self, task_id: str) -> Fetched:
         """End it now."""
-        return self._fetched(await self._ask("POST", f"{TASKS}/{task_id}/cancel"))
+        return self._fetched(await self._ask("POST", f"{TASKS}/{_segment(task_id)}/cancel"))
 
     async def delete(self, task_id: str) -> None:
         """Remove an ended task and its file."""
-        await self._ask("DELETE", f"{TASKS}/{task_id}")
+        await self._ask("DELETE", f"{TASKS}/{_segment(task_id)}")
 
     async def feedback(self, task_id: str, draft: FeedbackDraft) -> Fetched:
         """Report for a role, as an outside agent does."""
         body = msgspec.json.encode(draft)
-        return self._fetched(await self._ask("POST", f"{TASKS}/{task_id}/feedback", body=body))
+        return self._fetched(await self._ask("POST", f"{TASKS}/{_segment(task_id)}/feedback", body=body))
 
     async def llms(self) -> tuple[LLMCard, ...]:
         """The configured LLMs as they stand now."""
@@ -159,7 +160,7 @@ class Client:
     async def set_toggle(self, name: str, on: bool) -> LLMCard:
         """Switch an LLM on or off; answers it as it became."""
         body = msgspec.json.encode(ToggleDraft(toggle=on))
-        return self._decode(await self._ask("PATCH", f"/api/v1/llms/{name}", body=body), LLMCard)
+        return self._decode(await self._ask("PATCH", f"/api/v1/llms/{_segment(name)}", body=body), LLMCard)
 
     async def explain(self, wanted: Requirements) -> Decision:
         """Which LLM would serve, and why; no LLM is called."""
@@ -206,7 +207,7 @@ class Client:
         timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
         with self._reaching():
             async with self._http.stream(
-                "GET", f"{TASKS}/{task_id}/events", headers=headers, timeout=timeout
+                "GET", f"{TASKS}/{_segment(task_id)}/events", headers=headers, timeout=timeout
             ) as answer:
                 if answer.status_code == 503:
                     raise ServerUnreachableError(self.url, "the server is stopping or not ready")
@@ -297,6 +298,11 @@ def _refusal(answer: httpx.Response) -> ServerRefusedError:
         pointer=problem.pointer,
         choices=problem.choices,
     )
+
+
+def _segment(name: str) -> str:
+    # What a person typed stays one segment of the path, whatever it holds.
+    return quote(name, safe="", errors="replace")
 
 
 def _draft_body(draft: TaskDraft) -> bytes:

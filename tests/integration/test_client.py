@@ -129,6 +129,14 @@ async def test_a_refusal_says_what_was_wrong_and_what_would_be_right() -> None:
     assert refused.value.choices == ("embedded",)
 
 
+async def test_what_a_person_types_stays_one_segment_of_the_path() -> None:
+    async with serving(Parts().app) as url, Client(url) as client:
+        for odd in ("../llms", "a b?c#d", "%2e%2e", "é\udce9"):
+            with pytest.raises(ServerRefusedError) as refused:
+                await client.task(odd)
+            assert refused.value.status in {404, 422}
+
+
 async def test_the_key_is_sent() -> None:
     async with serving(Parts(api_key="secret").app) as url:
         async with Client(url) as client:

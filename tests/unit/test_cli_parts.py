@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ai_agent_server.cli.serve import check_binding, default_state_dir
-from ai_agent_server.cli.tasks import addressed, payload
+from ai_agent_server.cli.tasks import TaskOptions, addressed, payload
 from ai_agent_server.cli.view import printable
 from ai_agent_server.errors import ConfigurationError, InvalidPacketError
 
@@ -30,6 +30,29 @@ def test_a_payload_is_put_together_in_the_order_of_the_options(tmp_path: Path) -
         "task": "a", "language": "python", "code": "c", "n": 1, "words": "yes no", "context": "long",
         "examples": ["assert f()"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "document", "fields", "said"),
+    [
+        (None, None, (), "say what is wanted"),
+        ("{1", None, (), "no JSON"),
+        ("[" * 100_000, "[" * 100_000, (), "no JSON"),
+        ("x", "[1]", (), "no JSON object"),
+        ("x", None, ("=1",), "not NAME=VALUE"),
+        ("x", None, ("a=@/no/such/file",), "cannot be read"),
+    ],
+)
+def test_a_payload_that_cannot_be_made_says_why(
+    text: str | None, document: str | None, fields: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(InvalidPacketError, match=said):
+        payload(text, document=document, fields=fields)
+
+
+def test_bytes_that_are_no_text_are_refused_before_anything_is_sent() -> None:
+    with pytest.raises(InvalidPacketError, match="not UTF-8"):
+        TaskOptions().draft("caf\udce9")
 
 
 def test_nothing_beyond_this_machine_without_a_key() -> None:

@@ -2,15 +2,15 @@
 
 import asyncio
 import contextlib
-import json
 import re
 import sys
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.text import Text
@@ -108,14 +108,19 @@ class TaskOptions:
             feedback_hops=self.feedback_hops,
             cost_usd=self.cost_usd,
         )
+        made = payload(
+            text,
+            document=_read(self.payload) if self.payload is not None else None,
+            fields=self.set_field,
+            examples=self.example,
+            entry_point=self.entry_point,
+        )
+        try:
+            msgspec.json.encode(made)
+        except UnicodeEncodeError as exc:
+            raise InvalidPacketError("what was typed is not UTF-8") from exc
         return TaskDraft(
-            payload=payload(
-                text,
-                document=_read(self.payload) if self.payload is not None else None,
-                fields=self.set_field,
-                examples=self.example,
-                entry_point=self.entry_point,
-            ),
+            payload=made,
             limits=limits if limits != LimitsDraft() else None,
             scope=self.scope,
             privacy=self.privacy,
@@ -174,8 +179,8 @@ def payload(
 
 def _object(text: str, what: str) -> JSONObject:
     try:
-        found: Any = json.loads(text)
-    except ValueError as exc:
+        found: Any = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as exc:
         raise InvalidPacketError(f"{what} is no JSON: {exc}") from exc
     if not isinstance(found, dict):
         raise InvalidPacketError(f"{what} is no JSON object")
@@ -184,8 +189,8 @@ def _object(text: str, what: str) -> JSONObject:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
         return text
 
 
@@ -215,17 +220,16 @@ def run(
         async with connect(server) as client:
             sent = await client.submit(profile, role, draft, idempotency_key=str(uuid.uuid4()))
             task_id = sent.packet.task_id
-            if as_json:
-                return await follow(client, task_id, None)
-            fetched = await follow(client, task_id, out)
-            while fetched.packet.status is TaskStatus.INPUT_REQUIRED and sys.stdin.isatty():
-                said = out.input("answer (empty leaves it for later): ")
-                if not said.strip():
-                    break
-                since = fetched.packet.revision
-                await client.feedback(task_id, FeedbackDraft(role="user", outcome="answer", why=said))
-                fetched = await follow(client, task_id, out, since=since)
-            return fetched
+            with _going_on(task_id):
+                fetched = await follow(client, task_id, None if as_json else out)
+                while _asks(fetched) and sys.stdin.isatty() and not as_json:
+                    said = out.input("answer (empty leaves it for later): ")
+                    if not said.strip():
+                        break
+                    since = fetched.packet.revision
+                    await client.feedback(task_id, FeedbackDraft(role="user", outcome="answer", why=said))
+                    fetched = await follow(client, task_id, out, since=since)
+                return fetched
 
     out = console()
     fetched = asyncio.run(talk())
@@ -285,7 +289,8 @@ def watch(task_id: str, /, *, since: int = 0, server: ServerURL = None, as_json:
                     async for item in told:
                         print_json(item, pretty=False)
                 return await client.task(task_id)
-            return await follow(client, task_id, out, since=since, until_asked=False)
+            with _going_on(task_id):
+                return await follow(client, task_id, out, since=since, until_asked=False)
 
     out = console()
     fetched = asyncio.run(talk())
@@ -298,19 +303,28 @@ async def follow(
     client: Client, task_id: str, out: Console | None, *, since: int = 0, until_asked: bool = True
 ) -> Fetched:
     """Show the task on `out` until it ended, or until it asks the person, and answer it as it is."""
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(view.TaskView(out)) if out is not None else None
+        async with contextlib.aclosing(client.follow(task_id, since=since)) as told:
+            async for item in told:
+                if live is not None:
+                    live.tell(item)
+                if until_asked and isinstance(item, InputRequired) and item.role == "user":
+                    fetched = await client.task(task_id)
+                    # An old question is told again to who comes late; it may be answered by now.
+                    if _asks(fetched):
+                        return fetched
+    return await client.task(task_id)
+
+
+def _asks(fetched: Fetched) -> bool:
+    return fetched.packet.status is TaskStatus.INPUT_REQUIRED
+
+
+@contextlib.contextmanager
+def _going_on(task_id: str) -> Iterator[None]:
     try:
-        with contextlib.ExitStack() as stack:
-            live = stack.enter_context(view.TaskView(out)) if out is not None else None
-            async with contextlib.aclosing(client.follow(task_id, since=since)) as told:
-                async for item in told:
-                    if live is not None:
-                        live.tell(item)
-                    if until_asked and isinstance(item, InputRequired) and item.role == "user":
-                        fetched = await client.task(task_id)
-                        # An old question is told again to who comes late; it may be answered by now.
-                        if fetched.packet.status is TaskStatus.INPUT_REQUIRED:
-                            return fetched
-        return await client.task(task_id)
+        yield
     except asyncio.CancelledError:
         sys.stderr.write(f"\nthe task goes on: ai-agent-server watch {task_id}\n")
         raise
