@@ -58,7 +58,7 @@ clean: ## remove what was made: .venv, .uv and the caches; state stays
 	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip .venv
 	@echo "Installing into .venv ..."
 	@$(UV) pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements.lock
-	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(UV):
