@@ -20,9 +20,10 @@ from ai_agent_server.errors import (
     StoreUnusableError,
 )
 
-__all__ = ("Exit", "app", "main", "run")
+__all__ = ("ENV_FILE", "Exit", "app", "main", "run")
 
-ENV_FILE = ".env"
+ENV_FILE = "AI_AGENT_SERVER_ENV_FILE"
+"""The variable that names another file than `.env`."""
 
 
 class Exit(IntEnum):
@@ -92,10 +93,11 @@ def run(arguments: Sequence[str], *, environ: Mapping[str, str], errors: TextIO)
 
 def main() -> None:
     """The installed command `ai-agent-server`."""
-    if Path(ENV_FILE).is_file():
+    env_file = Path(os.environ.get(ENV_FILE) or ".env")
+    if env_file.is_file():
         from dotenv import load_dotenv  # noqa: PLC0415 - costs 20 ms, and few have a .env
 
-        load_dotenv(ENV_FILE, override=False)
+        load_dotenv(env_file, override=False)
     try:
         code = run(sys.argv[1:], environ=os.environ, errors=sys.stderr)
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import shlex
 import signal
@@ -16,23 +17,34 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from ai_agent_server.cli import Exit, view
+from ai_agent_server.cli import ENV_FILE, Exit, view
 from ai_agent_server.cli.options import AsJSON, console, print_json
 from ai_agent_server.cli.tasks import follow
 from ai_agent_server.client import Client, Fetched
 from ai_agent_server.config.settings import environment
 from ai_agent_server.core.chat import JSONObject
-from ai_agent_server.core.task_packet import TaskDraft
+from ai_agent_server.core.task_packet import Reason, TaskDraft, TaskPacket, TaskStatus
 from ai_agent_server.errors import AgentServerError
 
 __all__ = ("PROFILE", "ROLE", "demo")
 
 PROFILE, ROLE = "developer", "planner"
 PAYLOAD: JSONObject = {
-    "task": "Write a Python function add(a, b) that returns the sum of two numbers.",
-    "entry_point": "add",
-    "examples": ["assert add(2, 3) == 5", "assert add(-1, 1) == 0", "assert add(0, 0) == 0"],
+    "task": "Write a Python function count_vowels(text) that counts the vowels in a text.",
+    "entry_point": "count_vowels",
+    "examples": ["assert count_vowels('hello') == 2", "assert count_vowels('xyz') == 0"],
 }
+OWN_ENDS: frozenset[Reason] = frozenset(
+    {
+        "max_debug",
+        "no_progress",
+        "loop_detected",
+        "invalid_output",
+        "budget_calls",
+        "budget_tokens",
+        "budget_wall",
+    }
+)
 READY = re.compile(r"ready at (http://\S+)")
 READY_S = 60.0
 STOP_S = 30.0
@@ -72,7 +84,7 @@ def demo(
         print_json({"file": fetched.file, "packet": fetched.packet})
     else:
         _conclude(out, fetched, state_dir)
-    return Exit.OK if fetched.packet.status.is_final else Exit.FAILED
+    return Exit.OK if _ended_by_itself(fetched.packet) else Exit.FAILED
 
 
 async def _play(out: Console | None, config: Path | None, state_dir: Path) -> Fetched:
@@ -100,6 +112,7 @@ async def _server(config: Path | None, state_dir: Path) -> AsyncIterator[str]:
         arguments += ["--config", str(config)]
     # The demo is the same whatever a .env or the shell says for the person's own server.
     kept = {name: value for name, value in environment().items() if not name.startswith("AI_AGENT_SERVER_")}
+    kept[ENV_FILE] = os.devnull
     with log.open("wb") as errors:
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "ai_agent_server", *arguments,
@@ -140,6 +153,11 @@ async def _stop(child: asyncio.subprocess.Process) -> None:
         await child.communicate()
 
 
+def _ended_by_itself(packet: TaskPacket) -> bool:
+    """Whether the loop came to its end, solved or not; what broke on the way is another thing."""
+    return packet.status is TaskStatus.COMPLETED or packet.reason in OWN_ENDS
+
+
 def _introduce(out: Console) -> None:
     pretty = msgspec.json.format(msgspec.json.encode({"payload": PAYLOAD}), indent=2).decode()
     out.print(f"POST /api/v1/{PROFILE}/{ROLE}")
@@ -149,24 +167,23 @@ def _introduce(out: Console) -> None:
 def _conclude(out: Console, fetched: Fetched, state_dir: Path) -> None:
     out.print(view.result(fetched), soft_wrap=True)
     out.print()
-    if fetched.packet.status != "completed":
+    if not _ended_by_itself(fetched.packet):
+        out.print("This is not how it should end; ai-agent-server doctor says more.", style="red")
+    elif fetched.packet.status is not TaskStatus.COMPLETED:
         out.print(
             "The loop ended by itself without a solution: the embedded model has 135 million parameters. "
             "This is the best it made.",
             style="yellow",
             soft_wrap=True,
         )
-    state = shlex.quote(str(state_dir))
+    command = ".venv/bin/ai-agent-server"
+    steps = [
+        (f"{command} serve --state-dir {shlex.quote(str(state_dir))}", "the same server, on port 3160"),
+        (f'{command} run "..." -e "assert f(1) == 2"', "your own task, in another terminal"),
+        (f"{command} init", "use the models that this machine has"),
+    ]
+    if fetched.file:
+        steps.insert(0, (f"less {shlex.quote(fetched.file)}", "everything that happened, and why"))
     out.print("Try next")
-    for step, what in (
-        (f"less {shlex.quote(fetched.file)}", "every prompt's decision, token and verdict")
-        if fetched.file
-        else ("", ""),
-        (f".venv/bin/ai-agent-server serve --state-dir {state}", "the same server, on port 3160"),
-        ('.venv/bin/ai-agent-server run "..." -e "assert f(1) == 2"', "your own task, in another terminal"),
-        (".venv/bin/ai-agent-server init", "use the models that this machine has"),
-    ):
-        if step:
-            line = Text(f"  {step}")
-            line.append(f"   {what}", style="dim")
-            out.print(line, soft_wrap=True)
+    for step, what in steps:
+        out.print(Text(f"  {step}").append(f"   {what}", style="dim"), soft_wrap=True)
