@@ -91,6 +91,7 @@ def _role(settings: Settings, profile_name: str, role_name: str, folder: Path | 
         max_tokens=role.max_tokens,
         temperature=role.temperature,
         options=role.options,
+        sandbox_limits=settings.sandbox.limits,
     )
     return Role(
         spec=spec,

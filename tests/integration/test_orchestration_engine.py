@@ -238,9 +238,7 @@ async def test_a_reader_sees_every_event_once_and_in_order(tmp_path: Path, words
         seen: list[int] = []
 
         async def read() -> None:
-            seen.extend(
-                [e.seq async for e in engine.follow(packet.task_id) if not isinstance(e, Progress)]
-            )
+            seen.extend([e.seq async for e in engine.follow(packet.task_id) if not isinstance(e, Progress)])
 
         reader = asyncio.create_task(read())
         await asyncio.sleep(0.1)
@@ -453,6 +451,20 @@ async def test_a_step_that_breaks_ends_the_task_with_a_reason(
     assert done.error is not None
     assert done.result is not None
     assert done.result["artifact"]["content"]
+
+
+async def test_a_payload_that_an_agent_cannot_use_is_rejected(tmp_path: Path, words: Words) -> None:
+    async def declines(_context: AgentContext) -> Outcome:
+        raise InvalidPacketError("the image is no image", pointer="/payload/image")
+
+    async with running(tmp_path, words, profile(planner=declines)) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        done = await ended(engine, packet.task_id)
+        followed = [e async for e in engine.follow(packet.task_id)]
+    assert (done.status, done.reason) == (TaskStatus.REJECTED, "invalid_payload")
+    assert done.error is not None
+    assert "/payload/image" in done.error.message
+    assert len(followed) == done.revision
 
 
 async def test_call_and_token_limits_end_the_task_before_the_next_call(tmp_path: Path, words: Words) -> None:

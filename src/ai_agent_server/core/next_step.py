@@ -83,7 +83,13 @@ class EndBadly(msgspec.Struct, frozen=True, kw_only=True):
     result: JSONObject | None
 
 
-Action: TypeAlias = RunStep | AskOutside | StillWaiting | EndWell | EndBadly
+class Decline(msgspec.Struct, frozen=True, kw_only=True):
+    """The task is rejected: no agent can do anything with what was sent."""
+
+    error: ErrorDetail
+
+
+Action: TypeAlias = RunStep | AskOutside | StillWaiting | EndWell | EndBadly | Decline
 Report: TypeAlias = StepFinished | FeedbackReceived
 
 
@@ -206,6 +212,8 @@ class _Decision:
             reason, message = ENDING_OUTCOMES[last.outcome]
             error = last.error if isinstance(last, StepFinished) else None
             return self._end(reason, error.message if error else last.why or message)
+        if last.outcome == "rejected":
+            return Decline(error=ErrorDetail(code="invalid_payload", message=last.why))
         if last.outcome == "invalid":
             return self._again(last, on)
         if last.outcome == "unclear":

@@ -22,6 +22,7 @@ from ai_agent_server.agents.base import Agent, AgentContext, Outcome, RoleSpec
 from ai_agent_server.core.chat import ChatReply, ChatRequest, ChatUsage, JSONObject, RouteHints
 from ai_agent_server.core.next_step import (
     AskOutside,
+    Decline,
     EndBadly,
     EndWell,
     RunStep,
@@ -44,6 +45,7 @@ from ai_agent_server.core.task_packet import (
     LLMCall,
     Progress,
     Recovered,
+    Rejected,
     Started,
     StepFinished,
     StepStarted,
@@ -401,7 +403,7 @@ class OrchestrationEngine:
                 elif item.seq > seen:
                     seen = item.seq
                     yield item
-                    ended = isinstance(item, Completed | Failed | Canceled)
+                    ended = isinstance(item, Completed | Failed | Canceled | Rejected)
         finally:
             self._forget(task_id, reader)
 
@@ -534,6 +536,8 @@ class OrchestrationEngine:
                     pending.append(
                         Failed(at=now, reason=action.reason, error=action.error, result=action.result)
                     )
+                case Decline():
+                    pending.append(Rejected(at=now, reason="invalid_payload", error=action.error))
                 case _:
                     assert_never(action)
             try:
@@ -550,7 +554,7 @@ class OrchestrationEngine:
             if not isinstance(action, RunStep) or self._draining:
                 return
             finished = await self._step(packet, profile, action)
-            if self._draining and finished.outcome in {"unavailable", "error"}:
+            if not self._accepting and finished.outcome in {"unavailable", "error"}:
                 # The engines are stopping with us; the next start takes the step up again.
                 return
             pending = [finished]
@@ -612,6 +616,8 @@ class OrchestrationEngine:
             outcome = Outcome(verdict="budget_wall")
         except InvalidOutputError as exc:
             outcome = _failure("invalid", exc)
+        except InvalidPacketError as exc:
+            outcome = _failure("rejected", exc)
         except (NoLLMError, EngineError) as exc:
             outcome = _failure("unavailable", exc)
         except SandboxError as exc:

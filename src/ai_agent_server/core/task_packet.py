@@ -40,6 +40,7 @@ Reason = Literal[
     "max_debug",
     "llm_unavailable",
     "invalid_output",
+    "invalid_payload",
     "sandbox_unavailable",
     "input_expired",
     "canceled_by_client",
