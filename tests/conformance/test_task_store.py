@@ -217,7 +217,12 @@ async def test_a_deleted_task_is_gone_and_its_names_are_free(store: TaskStore) -
     with pytest.raises(TaskNotFoundError):
         await store.delete(kept.task_id)
     assert (await store.list(ANY, limit=10)).items == ()
-    await accepted(store, packet(task_id=kept.task_id, key="k", sha256="c" * 64))
+    await accepted(store, packet(task_id=kept.task_id, sha256="c" * 64))
+    anew = await accepted(store, packet(key="k", sha256="c" * 64))
+    assert await store.create(packet(key="k", sha256="c" * 64), [Submitted(at=NOW, via="rest")]) == (
+        anew,
+        False,
+    )
 
 
 async def test_a_live_task_is_not_deleted(store: TaskStore) -> None:

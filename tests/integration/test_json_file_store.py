@@ -229,6 +229,14 @@ async def test_large_outputs_and_results_go_the_same_way(root: Path) -> None:
     assert files(root / "blobs") == []
 
 
+async def test_a_task_that_uses_a_blob_twice_lets_go_of_it_at_once(root: Path) -> None:
+    async with opened(root) as store:
+        task = await accepted(store, LARGE)
+        await store.append(task.task_id, [Completed(at=NOW, result=LARGE)], expected_revision=1)
+        await store.delete(task.task_id)
+        assert files(root / "blobs") == []
+
+
 async def test_a_blob_goes_with_the_last_task_that_uses_it(root: Path) -> None:
     async with opened(root) as store:
         first, second = await accepted(store, LARGE), await accepted(store, LARGE)
@@ -248,8 +256,13 @@ async def test_a_client_cannot_name_a_blob_that_is_not_its_own(root: Path) -> No
         (blob,) = files(root / "blobs")
         forged: dict[str, object] = {"$blob": f"sha256:{blob.name}"}
         task = await accepted(store, forged)
-        assert (await store.read(task.task_id)).payload == forged
+        task = await store.append(
+            task.task_id,
+            [FeedbackReceived(at=NOW, role="qa", outcome="pass", via="rest", output={"text": "x" * 300_000})],
+            expected_revision=1,
+        )
     async with opened(root) as store:
+        assert await store.read(task.task_id) == task
         assert (await store.read(task.task_id)).payload == forged
 
 
@@ -307,6 +320,16 @@ async def test_a_write_that_failed_leaves_the_last_state_and_the_next_one_works(
 
 def say(line: str) -> None:
     sys.stdout.write(line + "\n")
+
+
+async def test_a_task_that_was_not_taken_leaves_no_blob(root: Path) -> None:
+    async with opened(root) as store:
+        for shard in range(256):
+            in_the_way = root / "tasks_state" / f"{shard:02x}"
+            in_the_way.write_text("")
+        with pytest.raises(StoreUnusableError, match="Not a directory"):
+            await accepted(store, LARGE)
+        assert files(root / "blobs") == []
 
 
 async def _refusals(root: Path) -> None:
