@@ -1,8 +1,10 @@
 """Looks for the work folders of other runs."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 arena = json.loads(sys.argv[1])
-sys.exit(not any((folder / "other").exists() for folder in Path(arena["temporary"]).iterdir()))
+folders = Path(arena["temporary"]).iterdir()
+sys.exit(not any(os.access(folder / "other", os.R_OK) for folder in folders))
