@@ -275,6 +275,16 @@ async def test_a_blob_that_was_changed_is_not_believed(root: Path) -> None:
             await store.read(task.task_id)
 
 
+async def test_a_file_that_names_anything_but_a_digest_as_its_blob_is_moved_aside(root: Path) -> None:
+    async with opened(root) as store:
+        path = Path(store.location((await canceled(store, await accepted(store, LARGE))).task_id))
+    (blob,) = files(root / "blobs")
+    path.write_bytes(path.read_bytes().replace(f'["{blob.name}"]'.encode(), b'["../lock"]'))
+    async with opened(root) as store:
+        assert (await store.health()).corrupt == 1
+    assert (root / "lock").exists()
+
+
 async def test_blobs_are_not_swept_while_a_file_waits_to_be_repaired(root: Path) -> None:
     async with opened(root) as store:
         task = await accepted(store, LARGE)
@@ -293,6 +303,15 @@ async def test_a_second_server_is_told_who_has_the_folder(root: Path) -> None:
     async with opened(root):
         with pytest.raises(StoreUnusableError, match=rf"another server \(pid {os.getpid()}\)"):
             await JsonFileStore(root).open()
+
+
+async def test_a_start_that_is_cancelled_lets_go_of_the_folder(root: Path) -> None:
+    starting = asyncio.ensure_future(JsonFileStore(root).open())
+    await asyncio.sleep(0.001)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    async with opened(root) as store:
+        await accepted(store)
 
 
 async def test_a_state_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -324,9 +343,9 @@ def say(line: str) -> None:
 
 async def test_a_task_that_was_not_taken_leaves_no_blob(root: Path) -> None:
     async with opened(root) as store:
-        for shard in range(256):
-            in_the_way = root / "tasks_state" / f"{shard:02x}"
-            in_the_way.write_text("")
+        for shard in (root / "tasks_state").iterdir():
+            shard.rmdir()
+            shard.write_text("in the way")
         with pytest.raises(StoreUnusableError, match="Not a directory"):
             await accepted(store, LARGE)
         assert files(root / "blobs") == []

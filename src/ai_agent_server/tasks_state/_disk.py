@@ -30,16 +30,11 @@ def translated(path: Path | str) -> Iterator[None]:
 def place(path: Path, content: bytes) -> None:
     """Put `content` at `path` whole, or leave there what was. It survives a crash after `sync_folder`.
 
-    The folder is made where it is missing. Raises `OSError`; the temporary file is gone then.
+    Raises `OSError`; the temporary file is gone then.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        try:
-            descriptor = os.open(temporary, _NEW, 0o600)
-        except FileNotFoundError:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            sync_folder(path.parent.parent)
-            descriptor = os.open(temporary, _NEW, 0o600)
+        descriptor = os.open(temporary, _NEW, 0o600)
         try:
             rest = memoryview(content)
             while rest:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -30,11 +31,15 @@ _REFERENCE = "$blob"
 _ALGORITHM = "sha256:"
 
 
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+"""SHA-256 in hexadecimal; a blob's file has no other name."""
+
+
 class Head(TaskSummary, frozen=True, kw_only=True):
     """What is read of a task's file at the start."""
 
     schema_version: int
-    blobs: tuple[str, ...] = ()
+    blobs: tuple[Digest, ...] = ()
 
     def summary(self) -> TaskSummary:
         """The summary alone: what is listed is encoded by its class."""
@@ -46,8 +51,8 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
 
     payload: msgspec.Raw
     history: tuple[msgspec.Raw, ...]
-    blobs: frozenset[str] = frozenset()
-    """SHA-256 of every blob that the file refers to."""
+    blobs: frozenset[Digest] = frozenset()
+    """Every blob that the file refers to."""
 
 
 _encoder = msgspec.json.Encoder()
@@ -129,10 +134,10 @@ def encode(packet: TaskPacket, before: Written | None, blobs: Blobs) -> tuple[by
     except BaseException:
         blobs.drop(new)
         raise
-    # One task counts once as a user of a blob, however often it refers to it.
-    surplus = Counter(new)
-    surplus.subtract(digests - (before.blobs if before else frozenset()))
-    blobs.drop((+surplus).elements())
+    if new:  # one task counts once as a user of a blob, however often it refers to it
+        surplus = Counter(new)
+        surplus.subtract(digests - (before.blobs if before else frozenset()))
+        blobs.drop((+surplus).elements())
     return content, Written(payload=payload, history=history, blobs=digests)
 
 

@@ -1,7 +1,6 @@
 """The state folder: its lock, its layout, what is in it at the start, and each task's file. Blocking."""
 
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ai_agent_server.tasks_state._files import Blobs, Written, blobs_in, decode,
 from ai_agent_server.tasks_state._index import is_canonical
 
 _PROBE_BYTES = 4096
-_SHARD = re.compile(r"[0-9a-f]{2}")
+_SHARDS = tuple(f"{number:02x}" for number in range(256))
 
 log = structlog.get_logger(__name__)
 
@@ -72,12 +71,16 @@ class TaskFolder:
             for folder in (self._tasks, self._blobs.root):
                 folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self.root)
-            found = Found(summaries=[], live=[])
             for path in list(self._tasks.iterdir()):
-                if _SHARD.fullmatch(path.name) and path.is_dir():
-                    self._scan(path, found)
-                else:
+                if path.name not in _SHARDS or not path.is_dir():
                     self._move_aside(path, "not a folder of task files")
+            # All of them now: one made later would have to be safe before the first file in it.
+            for name in _SHARDS:
+                (self._tasks / name).mkdir(mode=0o700, exist_ok=True)
+            sync_folder(self._tasks)
+            found = Found(summaries=[], live=[])
+            for name in _SHARDS:
+                self._scan(self._tasks / name, found)
             found.corrupt = len(list(self._corrupt.iterdir())) if self._corrupt.is_dir() else 0
             if not found.corrupt:  # a blob may belong to a task that somebody is yet to repair
                 self._blobs.sweep()

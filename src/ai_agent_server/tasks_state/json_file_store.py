@@ -73,12 +73,16 @@ class JsonFileStore:
     async def open(self) -> None:
         """Take hold of the folder and read what is in it.
 
-        What is no task is moved to `corrupt/`, never overwritten. Raises `StoreUnusableError`.
+        What is no task is moved to `corrupt/`, never overwritten. Raises `StoreUnusableError`, or
+        `StoreFullError` where there is no space even for the empty folders.
         """
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="task-reader")
+        opening = asyncio.ensure_future(self._in_reader(self._folder.open))
         try:
-            found = await self._in_reader(self._folder.open)
+            found = await asyncio.shield(opening)
         except BaseException:
+            # A thread cannot be cancelled: left to itself it would take the lock after we let go.
+            await asyncio.gather(opening, return_exceptions=True)
             self._let_go()
             raise
         self._index.fill(found.summaries)
