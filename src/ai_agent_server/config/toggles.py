@@ -36,6 +36,7 @@ class Toggles:
             await asyncio.to_thread(self._write, msgspec.json.encode(self._set))
 
     def _write(self, text: bytes) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             file.write(text)
