@@ -1,11 +1,11 @@
 """A run in a folder of the machine's own file system, for the tiers without a mount namespace."""
 
 import asyncio
+import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from ai_agent_server.errors import SandboxError
 from ai_agent_server.sandbox._helper import (
     Need,
     Request,
@@ -30,19 +30,17 @@ async def run_in_folder(
     layers: Mapping[str, Need],
     tier: Tier,
 ) -> SandboxReport:
-    """Make a folder, run the helper there, remove the folder. Raises `SandboxError`."""
+    """Run the helper in a folder that it makes and removes. Raises `SandboxError`."""
     program = inner_argv(interpreter, argv)
-    try:
-        work = tempfile.mkdtemp(prefix="ai-agent-server-run-")
-    except OSError as exc:
-        raise SandboxError(f"no work folder: {exc.strerror}") from exc
+    temporary = await asyncio.to_thread(tempfile.gettempdir)
+    work = str(Path(temporary, f"ai-agent-server-run-{secrets.token_hex(8)}"))
     request = Request(
         argv=program,
         files=files,
         stdin=stdin,
         limits=limits,
         work=work,
-        remove_work=True,
+        own_folder=True,
         drop_user=drop_user,
         layers=layers,
         readable=interpreter.readable,

@@ -51,7 +51,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     stdin: str
     limits: SandboxLimits
     work: str
-    remove_work: bool
+    own_folder: bool
+    """`work` does not exist: the helper makes it, and removes it."""
     drop_user: bool
     layers: Mapping[str, Need]
     readable: tuple[str, ...]

@@ -11,7 +11,7 @@ only: the helper runs with -I -S. What takes long to import (pathlib, json, sign
 come marshalled, from a server that is trusted; reports go as MessagePack, to one that trusts nobody.
 """
 # pathlib takes longer to import than everything else here together
-# ruff: noqa: PTH101, PTH103, PTH104, PTH106, PTH108, PTH116, PTH118, PTH120, PTH123, PTH208
+# ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH106, PTH108, PTH116, PTH118, PTH120, PTH123, PTH208
 
 import ctypes
 import errno
@@ -83,12 +83,14 @@ def main() -> None:
     _write(READY)
     request = marshal.loads(_read_request())  # noqa: S302 - the server's own words
     work = request["work"]
+    if request["own_folder"]:
+        os.mkdir(work, 0o700)
     try:
         report = _Run(libc, request).serve()
     except OSError as problem:
         report = {"verdict": "sandbox_error", "detail": f"the helper failed: {problem}"}
     finally:
-        if request["remove_work"]:
+        if request["own_folder"]:
             remove_tree(work)
     _write(packed(report))
 

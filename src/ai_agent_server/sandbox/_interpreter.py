@@ -50,7 +50,7 @@ class Interpreter(msgspec.Struct, frozen=True, kw_only=True):
 
 async def find_interpreter() -> Interpreter:
     """The base interpreter of this process; asks it once which shared libraries its modules load."""
-    executable = _base_executable()
+    executable = await asyncio.to_thread(_base_executable)
     process = await asyncio.create_subprocess_exec(
         executable, *PYTHON_FLAGS, "-c", _LIST_LIBRARIES,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
@@ -67,7 +67,7 @@ async def find_interpreter() -> Interpreter:
             await process.wait()
     if process.returncode != 0:
         raise SandboxError(f"{executable} cannot list its own modules")
-    return described(executable, output.decode())
+    return await asyncio.to_thread(described, executable, output.decode())
 
 
 def described(executable: str, listing: str) -> Interpreter:

@@ -54,20 +54,20 @@ class Bubblewrap:
             if self._interpreter is None:
                 self._interpreter = await find_interpreter()
         interpreter = self._interpreter
-        as_root = os.geteuid() == 0 and can_change_user()
+        as_root = os.geteuid() == 0 and await asyncio.to_thread(can_change_user)
         request = Request(
             argv=inner_argv(interpreter, argv),
             files=files,
             stdin=stdin,
             limits=limits,
             work=WORK,
-            remove_work=False,
+            own_folder=False,
             drop_user=as_root,
             layers={"landlock": "optional", "seccomp": "optional"},
             readable=interpreter.readable,
             environment=inner_environment(interpreter),
         )
-        command = bwrap_argv(_bwrap(), interpreter, as_root=as_root, limits=limits)
+        command = bwrap_argv(await asyncio.to_thread(_bwrap), interpreter, as_root=as_root, limits=limits)
         return await run_helper(command, interpreter, request, tier="bubblewrap")
 
 

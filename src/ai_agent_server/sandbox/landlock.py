@@ -39,7 +39,7 @@ class Landlock:
     ) -> SandboxReport:
         """One run in a fresh folder below the system's temporary one, removed afterwards."""
         as_root = os.geteuid() == 0
-        if as_root and not can_change_user():
+        if as_root and not await asyncio.to_thread(can_change_user):
             raise SandboxError("root that cannot become another user has no second tier")
         async with self._finding:
             if self._interpreter is None:

@@ -16,6 +16,7 @@ may always know the expected values by heart. On the tier `unsafe` the judge its
 """
 
 import ast
+import asyncio
 import hashlib
 from pathlib import Path
 from typing import Literal
@@ -81,12 +82,8 @@ async def run_suite(
         tests=tuple(suite[index] for index in runnable),
         test_timeout_s=max(0.2, min(_TEST_TIMEOUT_S, share_s)),
     )
-    here = Path(__file__).parent
     report = await sandbox.run(
-        {
-            "judge.py": (here / "_suite_judge.py").read_text(encoding="utf-8"),
-            "worker.py": (here / "_suite_worker.py").read_text(encoding="utf-8"),
-        },
+        await asyncio.to_thread(_programs),
         ("python", "judge.py"),
         stdin=msgspec.json.encode(request).decode(),
         limits=msgspec.structs.replace(limits, output_kb=max(limits.output_kb, _OUTPUT_KB)),
@@ -116,6 +113,15 @@ async def run_suite(
         wall_ms=report.wall_ms,
         memory_peak_kb=report.memory_peak_kb,
     )
+
+
+def _programs() -> dict[str, str]:
+    """What runs inside, by the names it has there."""
+    here = Path(__file__).parent
+    return {
+        "judge.py": (here / "_suite_judge.py").read_text(encoding="utf-8"),
+        "worker.py": (here / "_suite_worker.py").read_text(encoding="utf-8"),
+    }
 
 
 def _is_assertion(test: str) -> bool:
