@@ -135,7 +135,7 @@ async def test_a_body_over_the_limit_is_not_read_to_its_end(parts: Parts) -> Non
     async with serving(parts.app) as address, asyncio.timeout(20):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
         # A hundred gigabytes are promised; one line of them is sent.
-        writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % PLANNER.encode())
+        writer.write(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" % PLANNER.encode())
         writer.write(b"Content-Length: 100000000000\r\n\r\n{")
         status = await reader.readline()
         writer.close()
