@@ -155,7 +155,7 @@ async def test_a_reader_that_does_not_read_is_cut() -> None:
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", int(address.rpartition(":")[2]), limit=1024
         )
-        writer.write(b"GET /api/v1/tasks/%s/events HTTP/1.1\r\nHost: x\r\n\r\n" % task_id.encode())
+        writer.write(b"GET /api/v1/tasks/%s/events HTTP/1.1\r\nHost: localhost\r\n\r\n" % task_id.encode())
         await reader.readline()
         long: dict[str, Any] = {"why": "x" * 100_000}
         while parts.engine.followers:
