@@ -1,5 +1,6 @@
 """Many tasks: the start with 10,000 task files, then lists and single tasks over a real socket."""
 
+import asyncio
 import random
 import shutil
 import time
@@ -11,6 +12,7 @@ import httpx
 import msgspec
 import uuid_utils
 
+from ai_agent_server import log
 from ai_agent_server.core.task_packet import (
     Artifact,
     Completed,
@@ -27,23 +29,29 @@ from ai_agent_server.core.task_packet import (
 )
 from ai_agent_server.core.transitions import fold
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
-from bench.figures import Figure, at_most, keep, p95
+from bench.figures import Figure, at_least, at_most, keep, p95
 from bench.server import serving, without_model
 
 TASKS = 10_000
 RARE = 1_000
 """One task in so many is of another profile."""
 REQUESTS = 300
+AT_ONCE = 32
+TASKS_A_STREAM = 8
+STATES = 13
+"""How many states a task of `_story` has."""
 WORK = Path(__file__).parent.parent / ".bench"
 TEXT = "def add(a, b):\n    return a + b\n" * 8
 
 
 def main() -> None:
     """Write the files, start a server on them, ask it."""
+    log.configure("warning")
     folder = WORK / "task_files"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
+        writes_per_s = asyncio.run(_writes_per_s(folder / "writes"))
         written = [_write(folder / "state", number) for number in range(TASKS)]
         config = without_model(folder)
         with serving(folder / "empty", config) as server:
@@ -53,6 +61,13 @@ def main() -> None:
             httpx.Client(base_url=server.url, timeout=30) as http,
         ):
             figures = [
+                at_least(
+                    "durable_writes_per_s",
+                    writes_per_s,
+                    "1/s",
+                    2000,
+                    "fsynced task states a second, 32 tasks at once",
+                ),
                 at_most(
                     "start_10000_tasks_s",
                     server.ready_s,
@@ -72,6 +87,38 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     keep("task_files", figures, folder=WORK)
+
+
+async def _writes_per_s(state: Path) -> float:
+    """How often a second the store makes a task's next state safe."""
+    store = JsonFileStore(state)
+    await store.open()
+
+    async def one() -> None:
+        task_id = str(uuid_utils.uuid7())
+        at = datetime.now(UTC)
+        packet = TaskPacket(
+            task_id=task_id,
+            context_id=task_id,
+            profile="developer",
+            role="planner",
+            payload={"task": TEXT},
+            created_at=at,
+        )
+        first, *rest = _story(at, failed=False)
+        packet, _ = await store.create(packet, [first])
+        for event in rest:
+            packet = await store.append(task_id, [event], expected_revision=packet.revision)
+
+    async def stream() -> None:
+        for _ in range(TASKS_A_STREAM):
+            await one()
+
+    started = time.perf_counter()
+    await asyncio.gather(*(stream() for _ in range(AT_ONCE)))
+    took_s = time.perf_counter() - started
+    await store.aclose()
+    return AT_ONCE * TASKS_A_STREAM * STATES / took_s
 
 
 def _figures(http: httpx.Client, task_ids: list[str]) -> list[Figure]:
