@@ -1,1 +1,1 @@
-"""Loop quality: whether the coding loop solves more than one call, and more than best-of-n for the same tokens."""
+"""Loop quality: whether the coding loop solves more than one call, and than best-of-n at equal tokens."""

@@ -45,4 +45,4 @@ def next_round(draws: Mapping[int, Sequence[Line]], budget_tokens: int) -> tuple
     every = [draw for drawn in draws.values() for draw in drawn]
     spent = sum(draw.tokens for draw in every)
     expected = len(open_) * spent / len(every)
-    return tuple(open_) if spent + expected / 2 <= budget_tokens else ()
+    return tuple(open_) if 0 < spent + expected / 2 <= budget_tokens else ()

@@ -70,9 +70,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def differences(one: Setup, other: Setup) -> tuple[str, ...]:
     """The names of the settings that are not the same."""
-    return tuple(
-        name for name in Setup.__struct_fields__ if getattr(one, name) != getattr(other, name)
-    )
+    return tuple(name for name in Setup.__struct_fields__ if getattr(one, name) != getattr(other, name))
 
 
 class Lines:

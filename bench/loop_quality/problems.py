@@ -38,9 +38,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 def load(path: Path = DATA) -> tuple[Problem, ...]:
     """Every problem, in the order of the ids."""
     lines = path.read_bytes().splitlines()
-    return tuple(
-        sorted((msgspec.json.decode(line, type=Problem) for line in lines), key=lambda p: p.task_id)
-    )
+    return tuple(sorted((msgspec.json.decode(line, type=Problem) for line in lines), key=lambda p: p.task_id))
 
 
 def sha256(path: Path = DATA) -> str:
