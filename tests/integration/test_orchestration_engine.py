@@ -29,6 +29,7 @@ from ai_agent_server.core.task_packet import (
     TestReport,
 )
 from ai_agent_server.errors import (
+    EngineProtocolError,
     EngineUnreachableError,
     IdempotencyConflictError,
     IntakeFullError,
@@ -37,6 +38,7 @@ from ai_agent_server.errors import (
     InvalidTransitionError,
     SandboxError,
     ShuttingDownError,
+    StoreUnusableError,
     TaskLiveError,
     TaskNotFoundError,
     UnknownRoleError,
@@ -160,7 +162,7 @@ def now() -> datetime:
 async def running(
     root: Path, words: Words, profiles: dict[str, Profile] | None = None, **options: Any
 ) -> AsyncIterator[OrchestrationEngine]:
-    store = JsonFileStore(root)
+    store = options.pop("store", None) or JsonFileStore(root)
     await store.open()
     engine = OrchestrationEngine(
         profiles=profiles or profile(),
@@ -417,14 +419,36 @@ async def test_waiting_for_an_outside_agent_survives_a_restart(tmp_path: Path, w
 async def test_feedback_while_a_step_runs_is_not_lost(tmp_path: Path, words: Words) -> None:
     async with running(tmp_path, words) as engine:
         words.gate.clear()
-        packet, _ = await engine.submit(draft(), via="rest")
+        packet, _ = await engine.submit(draft(role="fast-coder"), via="rest")
         while not words.asked:
             await asyncio.sleep(0.01)
-        await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="pass"), via="rest")
+        await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="fail"), via="rest")
         words.gate.set()
         done = await ended(engine, packet.task_id)
     assert done.status is TaskStatus.COMPLETED
-    assert roles_of(done) == ["planner"]
+    assert roles_of(done)[:2] == ["fast-coder", "debug"]
+
+
+async def test_a_message_that_comes_again_changes_nothing(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words, profile(qa=None)) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        await ended(engine, packet.task_id)
+        passed = FeedbackDraft(role="qa", outcome="pass")
+        await engine.feedback(packet.task_id, passed, via="nats", message_id="m1")
+        again = await engine.feedback(packet.task_id, passed, via="nats", message_id="m1")
+    assert sum(event.__class__.__name__ == "FeedbackReceived" for event in again.history) == 1
+
+
+async def test_nobody_passes_work_that_is_not_there_nor_answers_what_was_not_asked(
+    tmp_path: Path, words: Words
+) -> None:
+    async with running(tmp_path, words) as engine:
+        words.gate.clear()
+        packet, _ = await engine.submit(draft(), via="rest")
+        for told in (FeedbackDraft(role="qa", outcome="pass"), FeedbackDraft(role="user", outcome="answer")):
+            with pytest.raises(InvalidTransitionError):
+                await engine.feedback(packet.task_id, told, via="rest")
+        await engine.cancel(packet.task_id)
 
 
 @pytest.mark.parametrize(
@@ -476,6 +500,87 @@ async def test_call_and_token_limits_end_the_task_before_the_next_call(tmp_path:
     assert (by_calls.reason, by_calls.usage.calls) == ("budget_calls", 2)
     assert by_tokens.reason == "budget_tokens"
     assert by_calls.limits.tokens == 60_000
+
+
+async def test_waiting_for_somebody_is_not_the_tasks_time(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words, profile(qa=None)) as engine:
+        packet, _ = await engine.submit(draft(limits=LimitsDraft(wall_s=1.0)), via="rest")
+        await ended(engine, packet.task_id)
+        await asyncio.sleep(1.2)
+        await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="pass"), via="rest")
+        for _ in range(200):
+            done = await engine.read(packet.task_id)
+            if done.status.is_final:
+                break
+            await asyncio.sleep(0.02)
+    assert done.status is TaskStatus.COMPLETED, done.error
+
+
+async def test_an_answer_that_is_cut_is_counted_and_had_again(tmp_path: Path) -> None:
+    class Cuts(Words):
+        async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+            self.asked.append(request)
+            yield ChatDelta(text="half", llm="words", model="words", source="local")
+            if len(self.asked) == 1:
+                raise EngineProtocolError("cut")
+            yield ChatDelta(finish_reason="stop", usage=ChatUsage(input_tokens=7, output_tokens=2))
+
+    async with running(tmp_path, Cuts()) as engine:
+        packet, _ = await engine.submit(draft(role="planner", scope="role"), via="rest")
+        done = await ended(engine, packet.task_id)
+    outcomes = [e.outcome for e in done.history if isinstance(e, StepFinished)]
+    assert (done.status, outcomes) == (TaskStatus.COMPLETED, ["cut", "done"])
+    assert done.usage.calls == 2
+
+
+async def test_what_a_step_found_outlives_a_store_that_is_away(tmp_path: Path, words: Words) -> None:
+    class Away(JsonFileStore):
+        failing = 0
+
+        async def append(self, task_id: str, events: Any, *, expected_revision: int) -> TaskPacket:
+            if self.failing and any(isinstance(event, StepFinished) for event in events):
+                self.failing -= 1
+                raise StoreUnusableError("away")
+            return await super().append(task_id, events, expected_revision=expected_revision)
+
+    store = Away(tmp_path)
+    store.failing = 2
+    async with running(tmp_path, words, store=store) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        done = await ended(engine, packet.task_id)
+    assert done.status is TaskStatus.COMPLETED
+    assert len(words.asked) == done.usage.calls == 3
+
+
+async def test_a_reader_beyond_the_end_or_after_the_stop_does_not_hang(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        async with asyncio.timeout(20):
+            async for _ in engine.follow(packet.task_id, since=9999):
+                pass
+        words.gate.clear()
+        other, _ = await engine.submit(draft(), via="rest")
+        engine_closing = asyncio.create_task(engine.aclose())
+        words.gate.set()
+        await engine_closing
+        async with asyncio.timeout(20):
+            assert [item async for item in engine.follow(other.task_id)]
+            await engine.wait(other.task_id, 1000)
+
+
+async def test_after_a_private_role_nothing_of_the_task_goes_out(tmp_path: Path, words: Words) -> None:
+    profiles = profile()
+    roles = dict(profiles["developer"].roles)
+    roles["fast-coder"] = msgspec.structs.replace(roles["fast-coder"], hints=RouteHints(privacy="local"))
+    profiles = {"developer": msgspec.structs.replace(profiles["developer"], roles=roles)}
+    async with running(tmp_path, words, profiles) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        await ended(engine, packet.task_id)
+    assert [(r.messages[0].text, r.route.privacy) for r in words.asked] == [
+        ("planner", "any"),
+        ("fast-coder", "local"),
+        ("debug", "local"),
+    ]
 
 
 async def test_the_time_limit_cuts_a_call_off(tmp_path: Path, words: Words) -> None:

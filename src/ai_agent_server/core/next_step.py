@@ -16,6 +16,7 @@ from ai_agent_server.core.task_packet import (
     InputRequired,
     Reason,
     Recovered,
+    Started,
     StepFinished,
     StepStarted,
     TaskPacket,
@@ -24,7 +25,7 @@ from ai_agent_server.core.task_packet import (
 from ai_agent_server.core.workflow import END, Edge, Workflow
 
 POISON_AFTER = 20
-"""A step that was under way at this many crashes in a row is taken to be their cause.
+"""A step that was begun this many times more without a result is taken to be the cause.
 
 Not fewer: a storm of kills from outside finds the same steps under way again and again, and a bound
 of 3 failed tasks that had done nothing wrong.
@@ -43,6 +44,13 @@ ENDING_OUTCOMES: dict[str, tuple[Reason, str]] = {
     "error": ("internal", "the step broke"),
 }
 """Outcomes that the engine itself gives a step, and how they end the task."""
+
+
+REPEATED_OUTCOMES: dict[str, tuple[Reason, str]] = {
+    "invalid": ("invalid_output", "unusable answers"),
+    "cut": ("llm_unavailable", "answers that were cut off"),
+}
+"""Outcomes after which the same role is tried again, and how they end the task when that is no help."""
 
 
 class RunStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +106,27 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
     artifact: Artifact
     report: TestReport | None = None
+
+
+def deadline(packet: TaskPacket) -> datetime | None:
+    """When the task's time is used up; None before it began.
+
+    Time in which nobody worked on it does not count: waiting for somebody outside, and the server
+    being away.
+    """
+    if packet.started_at is None:
+        return None
+    idle, asked_at, before = timedelta(0), None, packet.started_at
+    for event in packet.history:
+        if isinstance(event, InputRequired):
+            asked_at = event.at
+        elif asked_at is not None and isinstance(event, FeedbackReceived):
+            idle += event.at - asked_at
+            asked_at = None
+        elif asked_at is None and isinstance(event, Recovered):
+            idle += event.at - before
+        before = event.at
+    return packet.started_at + timedelta(seconds=packet.limits.wall_s) + idle
 
 
 def next_action(packet: TaskPacket, workflow: Workflow, *, external: frozenset[str], now: datetime) -> Action:
@@ -162,31 +191,24 @@ class _Decision:
         self.finished = [e for e in packet.history if isinstance(e, StepFinished)]
 
     def take(self) -> Action:
-        if self._deadline_passed():
+        last = self._last()
+        if isinstance(last, InputRequired):
+            if self.now >= last.expires_at:
+                return self._end("input_expired", f"nobody answered for {last.role} in time")
+            return StillWaiting(expires_at=last.expires_at)
+        until = deadline(self.packet)
+        if until is not None and self.now >= until:
             return self._end("budget_wall", "the time is used up")
         if len(self.started) > len(self.finished):
             return self._resume(self.started[-1])
-        last = self._last()
-        match last:
-            case None:
-                return self._run(self.packet.role, Hop(on="entry", why="the task was sent here"))
-            case InputRequired():
-                if self.now >= last.expires_at:
-                    return self._end("input_expired", f"nobody answered for {last.role} in time")
-                return StillWaiting(expires_at=last.expires_at)
-            case _:
-                return self._route(last)
-
-    def _deadline_passed(self) -> bool:
-        started_at = self.packet.started_at
-        return started_at is not None and self.now >= started_at + timedelta(
-            seconds=self.packet.limits.wall_s
-        )
+        if last is None:
+            return self._run(self.packet.role, Hop(on="entry", why="the task was sent here"))
+        return self._route(last)
 
     def _resume(self, open_step: StepStarted) -> Action:
-        crashes = sum(isinstance(e, Recovered) for e in self.packet.history[open_step.seq :])
-        if crashes > POISON_AFTER:
-            return self._end("poison", f"{open_step.role} was under way at {crashes} crashes in a row")
+        tries = sum(isinstance(e, Started | Recovered) for e in self.packet.history[open_step.seq :])
+        if tries > POISON_AFTER:
+            return self._end("poison", f"{open_step.role} was cut off {tries} times in a row")
         return RunStep(
             step=open_step.step,
             role=open_step.role,
@@ -214,7 +236,7 @@ class _Decision:
             return self._end(reason, error.message if error else last.why or message)
         if last.outcome == "rejected":
             return Decline(error=ErrorDetail(code="invalid_payload", message=last.why))
-        if last.outcome == "invalid":
+        if last.outcome in REPEATED_OUTCOMES:
             return self._again(last, on)
         if last.outcome == "unclear":
             return self._ask("user", last.why or "the task is not clear enough; say more")
@@ -296,7 +318,7 @@ class _Decision:
     def _again(self, last: Report, on: str) -> Action:
         in_a_row = 0
         for event in reversed(self.finished):
-            if event.role != last.role or event.outcome != "invalid":
+            if event.role != last.role or event.outcome not in REPEATED_OUTCOMES:
                 break
             in_a_row += 1
         if in_a_row < self.workflow.max_invalid_output:
@@ -304,9 +326,10 @@ class _Decision:
             return self._run(last.role, hop, attempt=in_a_row + 1)
         if edges := self.workflow.routes.get(on, ()):
             return self._follow(edges, on, last)
+        reason, what = REPEATED_OUTCOMES[last.outcome]
         error = last.error if isinstance(last, StepFinished) else None
         detail = error.message if error else last.why
-        return self._end("invalid_output", f"{last.role} gave {in_a_row} unusable answers: {detail}")
+        return self._end(reason, f"{last.role} gave {in_a_row} {what}: {detail}")
 
     def _run(self, role: str, hop: Hop, *, attempt: int = 1) -> Action:
         if role in self.external:

@@ -31,7 +31,7 @@ def decode_query(pairs: Iterable[tuple[str, str]], kind: type[T]) -> T:
     given: dict[str, str] = {}
     for name, value in pairs:
         if name in given:
-            raise InvalidPacketError(f"{name!r} stands twice", pointer=_pointer((name,)))
+            raise InvalidPacketError(f"{name!r} stands twice", pointer=json_pointer((name,)))
         given[name] = value
     return _convert(given, kind, strict=False)
 
@@ -45,7 +45,7 @@ def _read(raw: bytes) -> Any:
         raise _too_deep() from exc
     except msgspec.ValidationError as exc:
         what, path = _taken_apart(exc)
-        raise MalformedPacketError(what.lower(), pointer=_pointer(path)) from exc
+        raise MalformedPacketError(what.lower(), pointer=json_pointer(path)) from exc
     except msgspec.DecodeError as exc:
         raise MalformedPacketError(f"not JSON: {exc}", expected="one JSON object in UTF-8") from exc
     # Both walks cost a pass over the values; nearly no packet needs one.
@@ -53,7 +53,7 @@ def _read(raw: bytes) -> Any:
         raise _too_deep()
     if b"\\u0000" in raw and (path_of_nul := _find_nul(value)) is not None:
         raise InvalidPacketError(
-            "text holds the character NUL", pointer=_pointer(path_of_nul), expected="text without U+0000"
+            "text holds the character NUL", pointer=json_pointer(path_of_nul), expected="text without U+0000"
         )
     return value
 
@@ -105,24 +105,26 @@ def _explained(exc: msgspec.ValidationError, kind: type[Any]) -> InvalidPacketEr
     if unknown := re.fullmatch(r"(?s)Object contains unknown field `(.*)`", what):
         return InvalidPacketError(
             f"unknown key {unknown[1][:80]!r}",
-            pointer=_pointer((*path, unknown[1][:80])),
+            pointer=json_pointer((*path, unknown[1][:80])),
             choices=_choices(here),
         )
     if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
         path = (*path, missing[1])
         return InvalidPacketError(
-            f"{missing[1]!r} is missing", pointer=_pointer(path), expected=_named(_below(here, missing[1]))
+            f"{missing[1]!r} is missing",
+            pointer=json_pointer(path),
+            expected=_named(_below(here, missing[1])),
         )
     if wrong := re.fullmatch(r"(?s)Expected (.+), got (.+)", what):
         return InvalidPacketError(
             f"got {_plain(wrong[2])}",
-            pointer=_pointer(path),
+            pointer=json_pointer(path),
             expected=_plain(wrong[1]),
             choices=_choices(here),
         )
     if wrong := re.fullmatch(r"(?s)Expected (.+)", what):
-        return InvalidPacketError("out of bounds", pointer=_pointer(path), expected=_plain(wrong[1]))
-    return InvalidPacketError(what[:300].lower(), pointer=_pointer(path), choices=_choices(here))
+        return InvalidPacketError("out of bounds", pointer=json_pointer(path), expected=_plain(wrong[1]))
+    return InvalidPacketError(what[:300].lower(), pointer=json_pointer(path), choices=_choices(here))
 
 
 def _plain(words: str) -> str:
@@ -142,7 +144,7 @@ def _taken_apart(exc: msgspec.ValidationError) -> tuple[str, tuple[str, ...]]:
     return match["what"], tuple(path)
 
 
-def _pointer(path: Iterable[str]) -> str:
+def json_pointer(path: Iterable[str]) -> str:
     """RFC 6901."""
     return "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path)
 

@@ -100,8 +100,13 @@ class Orchestration(Protocol):
         """End it now; answers the canceled packet. An ended task is an `InvalidTransitionError`."""
         ...
 
-    async def feedback(self, task_id: str, draft: FeedbackDraft, *, via: Via) -> TaskPacket:
-        """Take an outside agent's report. An ended task is an `InvalidTransitionError`."""
+    async def feedback(
+        self, task_id: str, draft: FeedbackDraft, *, via: Via, message_id: str = ""
+    ) -> TaskPacket:
+        """Take an outside agent's report. An ended task is an `InvalidTransitionError`.
+
+        A `message_id` that the task's history has already changes nothing: the message came again.
+        """
         ...
 
     async def delete(self, task_id: str) -> None:

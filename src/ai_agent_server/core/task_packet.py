@@ -1,5 +1,6 @@
 """Values of a task: the packet, its status, its events, its limits. The words are A2A's."""
 
+import re
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeAlias
@@ -9,6 +10,12 @@ import msgspec
 from ai_agent_server.core.chat import Decision, JSONObject, Privacy
 
 SCHEMA_VERSION = 1
+_CANONICAL = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def is_task_id(text: str) -> bool:
+    """Whether `text` is a UUID in lower case with hyphens: ids become file names and subjects."""
+    return _CANONICAL.fullmatch(text) is not None
 
 
 class TaskStatus(StrEnum):
@@ -229,6 +236,8 @@ class FeedbackReceived(TaskEvent, frozen=True, kw_only=True, omit_defaults=True,
     outcome: str
     via: Via
     sender: str = ""
+    message_id: str = ""
+    """The transport's id of the message: one that is delivered again changes nothing."""
     why: str = ""
     output: JSONObject | None = None
     artifact: Artifact | None = None

@@ -90,16 +90,16 @@ class LLMEngine(Protocol):
 
 
 class JoinedStream:
-    """Joins deltas to a `ChatReply`; the one place that knows how."""
+    """Joins deltas to a `ChatReply`; the one place that knows how. Its fields are what is known so far."""
 
     def __init__(self) -> None:
         self._text: list[str] = []
         self._calls: dict[int, tuple[str, str, list[str]]] = {}
-        self._finish: FinishReason | None = None
-        self._usage = ChatUsage()
-        self._model, self._llm = "", ""
-        self._source: Literal["local", "api", ""] = ""
-        self._decision: Decision | None = None
+        self.finish_reason: FinishReason | None = None
+        self.usage = ChatUsage()
+        self.model, self.llm = "", ""
+        self.source: Literal["local", "api", ""] = ""
+        self.decision: Decision | None = None
 
     def add(self, delta: ChatDelta) -> None:
         """Take the next delta."""
@@ -108,29 +108,29 @@ class JoinedStream:
             call_id, name, fragments = self._calls.get(part.index, ("", "", []))
             fragments.append(part.arguments)
             self._calls[part.index] = (part.id or call_id, part.name or name, fragments)
-        self._finish = delta.finish_reason or self._finish
-        self._usage = delta.usage or self._usage
-        self._model = delta.model or self._model
-        self._llm = delta.llm or self._llm
-        self._source = delta.source or self._source
-        self._decision = delta.decision or self._decision
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.usage = delta.usage or self.usage
+        self.model = delta.model or self.model
+        self.llm = delta.llm or self.llm
+        self.source = delta.source or self.source
+        self.decision = delta.decision or self.decision
 
     def reply(self, *, time_to_first_token_ms: float = 0.0, duration_ms: float = 0.0) -> ChatReply:
         """The whole answer. Raises `EngineProtocolError` when no delta said why the stream ended."""
-        if self._finish is None:
-            raise EngineProtocolError("the stream ended without a finish_reason", engine=self._llm)
+        if self.finish_reason is None:
+            raise EngineProtocolError("the stream ended without a finish_reason", engine=self.llm)
         return ChatReply(
             text="".join(self._text),
-            finish_reason=self._finish,
+            finish_reason=self.finish_reason,
             tool_calls=tuple(
                 ToolCall(id=call_id, name=name, arguments="".join(fragments))
                 for _, (call_id, name, fragments) in sorted(self._calls.items())
             ),
-            usage=self._usage,
-            model=self._model,
-            llm=self._llm,
-            source=self._source,
-            decision=self._decision,
+            usage=self.usage,
+            model=self.model,
+            llm=self.llm,
+            source=self.source,
+            decision=self.decision,
             time_to_first_token_ms=time_to_first_token_ms,
             duration_ms=duration_ms,
         )

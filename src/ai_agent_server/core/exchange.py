@@ -1,0 +1,131 @@
+"""The one exchange with an LLM that a step may have: routed, bounded, counted, told of."""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import aclosing
+
+import msgspec
+
+from ai_agent_server.core.chat import ChatReply, ChatRequest, ChatUsage, Privacy, RouteHints
+from ai_agent_server.core.task_packet import LLMCall, Progress, TaskPacket
+from ai_agent_server.errors import AgentServerError
+from ai_agent_server.llm_engines.base import JoinedStream, LLMEngine
+
+PROGRESS_EVERY_S = 0.25
+CUT = "error"
+"""The finish_reason that is recorded for a call that gave no whole answer."""
+
+
+class BudgetSpentError(AgentServerError):
+    """A limit of the task is used up; `outcome` is what its step ends with."""
+
+    def __init__(self, outcome: str) -> None:
+        self.outcome = outcome
+        super().__init__(outcome)
+
+
+class Exchange:
+    """What an agent's `chat` is. `call` is the record of it, also of one that broke midway."""
+
+    def __init__(
+        self,
+        *,
+        packet: TaskPacket,
+        step: int,
+        role: str,
+        hints: RouteHints,
+        privacy: Privacy,
+        max_tokens: int,
+        llm: LLMEngine,
+        price: Callable[[str, ChatUsage], float],
+        monotonic: Callable[[], float],
+        tell: Callable[[Progress], None],
+    ) -> None:
+        self._packet, self._step, self._role = packet, step, role
+        self._hints, self._privacy, self._max_tokens = hints, privacy, max_tokens
+        self._llm, self._price, self._monotonic, self._tell = llm, price, monotonic, tell
+        self._used = False
+        self.call: LLMCall | None = None
+
+    async def chat(self, request: ChatRequest) -> ChatReply:
+        """Ask an LLM. Raises `BudgetSpentError`, `NoLLMError` and `EngineError` children."""
+        if self._used:
+            raise RuntimeError("an agent may talk to an LLM once a step")
+        self._used = True
+        self._check_budget()
+        request = self._bounded(request)
+        digest = hashlib.sha256(msgspec.json.encode(request.messages)).hexdigest()
+        joined = JoinedStream()
+        began = self._monotonic()
+        first_token_s, told_s, pieces = 0.0, 0.0, 0
+        try:
+            async with aclosing(self._llm.stream(request)) as deltas:
+                async for delta in deltas:
+                    joined.add(delta)
+                    elapsed_s = self._monotonic() - began
+                    if delta.text or delta.tool_calls:
+                        pieces += 1
+                        first_token_s = first_token_s or elapsed_s
+                    if elapsed_s - told_s >= PROGRESS_EVERY_S:
+                        told_s = elapsed_s
+                        self._progress(joined, pieces, elapsed_s)
+        finally:
+            # Also when it broke or was cut off: what was used was used.
+            if pieces or joined.finish_reason is not None:
+                self.call = self._record(joined, digest, pieces, first_token_s, self._monotonic() - began)
+        reply = joined.reply(
+            time_to_first_token_ms=first_token_s * 1000, duration_ms=(self._monotonic() - began) * 1000
+        )
+        # A model that is cut in the middle of a pair leaves half of it, which is no text.
+        text = reply.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return msgspec.structs.replace(reply, text=text)
+
+    def _check_budget(self) -> None:
+        used, limits = self._packet.usage, self._packet.limits
+        if used.calls >= limits.calls:
+            raise BudgetSpentError("budget_calls")
+        if used.tokens >= limits.tokens:
+            raise BudgetSpentError("budget_tokens")
+        if limits.cost_usd is not None and used.cost_usd >= limits.cost_usd > 0:
+            raise BudgetSpentError("budget_cost")
+
+    def _bounded(self, request: ChatRequest) -> ChatRequest:
+        used, limits = self._packet.usage, self._packet.limits
+        cost_left = None if limits.cost_usd is None else max(0.0, limits.cost_usd - used.cost_usd)
+        return msgspec.structs.replace(
+            request,
+            max_tokens=max(1, min(request.max_tokens or self._max_tokens, limits.tokens - used.tokens)),
+            route=msgspec.structs.replace(self._hints, privacy=self._privacy, max_cost_usd=cost_left),
+        )
+
+    def _record(
+        self, joined: JoinedStream, digest: str, pieces: int, first_token_s: float, duration_s: float
+    ) -> LLMCall:
+        # An engine that broke told no usage: every piece is a token at least.
+        usage = joined.usage if joined.usage.output_tokens else ChatUsage(output_tokens=pieces)
+        return LLMCall(
+            llm=joined.llm,
+            model=joined.model,
+            source=joined.source,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            finish_reason=joined.finish_reason or CUT,
+            time_to_first_token_ms=round(first_token_s * 1000, 3),
+            duration_ms=round(duration_s * 1000, 3),
+            prompt_sha256=digest,
+            cost_usd=self._price(joined.llm, usage),
+            decision=joined.decision,
+        )
+
+    def _progress(self, joined: JoinedStream, tokens: int, elapsed_s: float) -> None:
+        self._tell(
+            Progress(
+                task_id=self._packet.task_id,
+                step=self._step,
+                role=self._role,
+                llm=joined.llm,
+                why=joined.decision.reason if joined.decision else "",
+                output_tokens=tokens,
+                elapsed_ms=elapsed_s * 1000,
+            )
+        )

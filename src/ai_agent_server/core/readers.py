@@ -1,0 +1,119 @@
+"""Those who follow tasks: each has a bounded backlog, and is cut when it falls too far behind."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+from ai_agent_server.core.task_packet import (
+    AnyTaskEvent,
+    Canceled,
+    Completed,
+    Failed,
+    InputRequired,
+    Progress,
+    Rejected,
+    TaskPacket,
+    TaskStatus,
+)
+
+BACKLOG = 1024
+"""How many events a reader may be behind before it is cut; it comes back with its last seq."""
+
+_Read = Callable[[str], Awaitable[TaskPacket]]
+_ENDS = (Completed, Failed, Canceled, Rejected)
+
+
+class _Reader:
+    def __init__(self, *, cut: bool) -> None:
+        self.queue: asyncio.Queue[AnyTaskEvent | Progress | None] = asyncio.Queue(BACKLOG + 1)
+        self.cut = False
+        if cut:
+            self.end()
+
+    def tell(self, item: AnyTaskEvent | Progress) -> None:
+        if self.cut or (isinstance(item, Progress) and self.queue.qsize() > BACKLOG // 2):
+            return
+        if self.queue.qsize() >= BACKLOG:
+            self.end()
+        else:
+            self.queue.put_nowait(item)
+
+    def end(self) -> None:
+        """Nothing follows what is queued."""
+        if not self.cut:
+            self.cut = True
+            self.queue.put_nowait(None)
+
+
+class Readers:
+    """Who follows which task. `read` answers a task's packet as it is."""
+
+    def __init__(self, read: _Read) -> None:
+        self._read = read
+        self._of: dict[str, set[_Reader]] = {}
+        self._closed = False
+
+    def tell(self, task_id: str, items: Iterable[AnyTaskEvent | Progress]) -> None:
+        """Pass `items` on to everyone who follows the task."""
+        readers = self._of.get(task_id)
+        if readers:
+            for item in items:
+                for reader in tuple(readers):
+                    reader.tell(item)
+
+    async def follow(self, task_id: str, since: int) -> AsyncIterator[AnyTaskEvent | Progress]:
+        """Every event after `since`, then what happens, until the task's end or the reader's."""
+        reader = self._enter(task_id)
+        try:
+            packet = await self._read(task_id)
+            for event in packet.history[since:]:
+                yield event
+            seen = packet.revision
+            ended = packet.status.is_final
+            while not ended:
+                item = await reader.queue.get()
+                if item is None:
+                    return
+                if isinstance(item, Progress):
+                    yield item
+                elif item.seq > seen:
+                    seen = item.seq
+                    yield item
+                    ended = isinstance(item, _ENDS)
+        finally:
+            self._leave(task_id, reader)
+
+    async def wait(self, task_id: str, timeout_s: float) -> TaskPacket:
+        """The packet once the task has ended or needs input, or as it is after `timeout_s`."""
+        reader = self._enter(task_id)
+        try:
+            packet = await self._read(task_id)
+            if packet.status.is_final or packet.status is TaskStatus.INPUT_REQUIRED:
+                return packet
+            async with asyncio.timeout(timeout_s):
+                while (item := await reader.queue.get()) is not None:
+                    if isinstance(item, (*_ENDS, InputRequired)):
+                        break
+        except TimeoutError:
+            pass
+        finally:
+            self._leave(task_id, reader)
+        return await self._read(task_id)
+
+    def close(self) -> None:
+        """Let every reader go, now and from now on, with what it has."""
+        self._closed = True
+        for readers in self._of.values():
+            for reader in readers:
+                reader.end()
+
+    def _enter(self, task_id: str) -> _Reader:
+        reader = _Reader(cut=self._closed)
+        self._of.setdefault(task_id, set()).add(reader)
+        return reader
+
+    def _leave(self, task_id: str, reader: _Reader) -> None:
+        readers = self._of.get(task_id)
+        if readers is not None:
+            readers.discard(reader)
+            if not readers:
+                del self._of[task_id]
