@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,25 +20,56 @@ from ai_agent_server.channels.base import Channel
 from ai_agent_server.channels.memory_channel import MemoryChannel
 from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.config import settings as configuration
-from ai_agent_server.config.settings import Settings, json_pointer
+from ai_agent_server.config.settings import API_KEY, Settings, json_pointer
 from ai_agent_server.config.toggles import Toggles
 from ai_agent_server.core.api_handler import create_app
 from ai_agent_server.core.chat import JSONObject
-from ai_agent_server.core.mcp_handler import McpHandler
+from ai_agent_server.core.mcp_handler import McpHandler, McpHealth
 from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.orchestration_engine import OrchestrationEngine
 from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
 from ai_agent_server.discovery import implementation
-from ai_agent_server.errors import ConfigurationError
+from ai_agent_server.errors import ConfigurationError, StoreUnusableError
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 from ai_agent_server.sandbox._choose import choose_sandbox
 from ai_agent_server.sandbox.base import SandboxProbe
 from ai_agent_server.tasks_state.base import StoreHealth, TaskStore
 
-events = structlog.get_logger(__name__)
+log = structlog.get_logger(__name__)
 
-API_KEY = "AI_AGENT_SERVER_API_KEY"
 NEEDS_RESTART = ("messaging", "store", "sandbox", "server", "accelerators")
+
+
+STORE_LOOK_S = 1.0
+"""Health is open to all, and a look at the store writes: no more than one for so long."""
+WATCH_AGAIN_S = 1.0
+GPU_TIMEOUT_S = 5.0
+
+
+class StoreWatch:
+    """The store as it was last looked at: many may ask, the disk is touched once in `STORE_LOOK_S`."""
+
+    def __init__(self, store: TaskStore, clock: Callable[[], float]) -> None:
+        """`clock` is monotonic, in seconds."""
+        self._store, self._clock = store, clock
+        self._looking = asyncio.Lock()
+        self._last: StoreHealth | None = None
+        self._looked_s = 0.0
+
+    async def look(self) -> StoreHealth:
+        """How the store is, found by writing to it."""
+        async with self._looking:
+            if self._last is None or self._clock() - self._looked_s >= STORE_LOOK_S:
+                self._last = await self._store.health()
+                self._looked_s = self._clock()
+            return self._with_counts(self._last)
+
+    def gauge(self) -> StoreHealth | None:
+        """As it was last found; the metrics show it without touching the disk."""
+        return None if self._last is None else self._with_counts(self._last)
+
+    def _with_counts(self, health: StoreHealth) -> StoreHealth:
+        return msgspec.structs.replace(health, tasks=sum(self._store.counts().values()))
 
 
 class Server:
@@ -55,19 +86,19 @@ class Server:
         balancer: BalancedEngine,
         engine: OrchestrationEngine,
         toggles: Toggles,
-        channel: Channel,
+        store_watch: StoreWatch,
+        messages: McpHandler,
         sandbox_probe: SandboxProbe,
         gpu: str,
     ) -> None:
         self.settings = settings
         self.state_dir = state_dir
-        self.store, self.balancer, self.engine, self.channel = store, balancer, engine, channel
+        self.store, self.balancer, self.engine = store, balancer, engine
         self._config, self._environ, self._toggles = config, environ, toggles
+        self._store_watch, self._messages = store_watch, messages
         self._sandbox_probe = sandbox_probe
         self._gpu = gpu
         self._reloading = asyncio.Lock()
-        self.store_health: StoreHealth | None = None
-        """As it was last looked at; the metrics show it without touching the disk."""
 
     async def reload(self) -> ReloadReport:
         """Read the configuration again: all of it applies or none. Raises `ConfigurationError`."""
@@ -79,26 +110,23 @@ class Server:
                     raise ConfigurationError(
                         "this section changes with a restart only; nothing was applied", pointer=f"/{section}"
                     )
-            strategy = strategy_for(new)
-            profiles = profiles_for(new, self._config.parent if self._config else None)
-            members = members_for(new, self._toggles.read(), self._environ)
-            await self.balancer.replace(members, settings=new.balancer, strategy=strategy)
+            strategy, profiles = await asyncio.to_thread(
+                lambda: (strategy_for(new), profiles_for(new, self._config.parent if self._config else None))
+            )
+            configured = _toggles(new)
+            # Nothing is awaited from here until all of it counts: no task starts between the halves.
+            members = members_for(new, self._toggles.over(configured), self._environ)
+            self.balancer.replace(members, settings=new.balancer, strategy=strategy)
             self.engine.configure(profiles)
             self.settings = new
+            await self._toggles.forget(configured)
             changed = tuple(sorted(_differences(msgspec.to_builtins(old), msgspec.to_builtins(new))))
-            events.info("config.reloaded", changed=len(changed))
+            log.info("config.reloaded", changed=len(changed))
             return ReloadReport(source=str(self._config or "packaged"), changed=changed)
-
-    def store_gauge(self) -> StoreHealth | None:
-        """The store as it was last looked at, with today's count of tasks."""
-        if self.store_health is None:
-            return None
-        return msgspec.structs.replace(self.store_health, tasks=sum(self.store.counts().values()))
 
     async def health(self) -> HealthReport:
         """Each part as it stands; no model is loaded nor kept warm by asking."""
-        store = self.store_health = await self.store.health()
-        channel = self.channel.health()
+        store = await self._store_watch.look()
         views = self.balancer.views()
         usable = [view.name for view in views if view.toggle and view.circuit != "open"]
         probe = self._sandbox_probe
@@ -115,12 +143,7 @@ class Server:
                 status="ok" if store.ok else "down",
                 detail=store.detail or f"{store.tasks} tasks in {store.location}",
             ),
-            "nats": Component(
-                status="ok" if channel.state == "connected" else "degraded",
-                detail=f"{channel.state}{f' to {channel.url}' if channel.url else ''}"
-                f"{' (embedded)' if channel.embedded else ''}",
-                advice="" if channel.state == "connected" else "REST goes on; see messaging.url",
-            ),
+            "nats": _messaging(self._messages.health()),
             "sandbox": Component(
                 status="ok" if probe.works and probe.tier != "unsafe" else "degraded",
                 detail=f"{probe.tier}{f': {probe.detail}' if probe.detail else ''}",
@@ -136,6 +159,25 @@ class Server:
             version=__version__,
             components=components,
         )
+
+
+def _messaging(messages: McpHealth) -> Component:
+    channel, behind = messages.channel, messages.unpublished_tasks
+    words = [
+        f"{channel.state}{f' to {channel.url}' if channel.url else ''}",
+        *(["(embedded)"] if channel.embedded else []),
+        *([f"{behind} tasks have events to publish"] if behind else []),
+    ]
+    connected = channel.state == "connected"
+    return Component(
+        status="ok" if connected else "degraded",
+        detail=" ".join(words),
+        advice="" if connected else "REST goes on; see messaging.url",
+    )
+
+
+def _toggles(settings: Settings) -> dict[str, bool]:
+    return {name: llm.toggle for name, llm in settings.llms.items()}
 
 
 def _differences(old: JSONObject, new: JSONObject, path: tuple[str, ...] = ()) -> list[str]:
@@ -158,15 +200,17 @@ async def running(
     Raises `ConfigurationError` or `StoreUnusableError` before anything listens.
     """
     settings = configuration.load(config)
-    toggles = Toggles(state_dir / "llm_toggles.json")
     store: TaskStore = implementation(tasks_state, settings.store.kind, pointer="/store/kind")(state_dir)
     profiles = profiles_for(settings, config.parent if config else None)
     strategy = strategy_for(settings)
+    await asyncio.to_thread(_make_folder, state_dir)
     async with AsyncExitStack() as stack:
         await store.open()
         stack.push_async_callback(store.aclose)
+        toggles = await asyncio.to_thread(Toggles, state_dir / "llm_toggles.json")
+        await toggles.forget(_toggles(settings))
         balancer = BalancedEngine(
-            members_for(settings, toggles.read(), environ),
+            members_for(settings, toggles.over(_toggles(settings)), environ),
             strategy=strategy,
             settings=settings.balancer,
             clock=asyncio.get_running_loop().time,
@@ -175,9 +219,14 @@ async def running(
         )
         stack.push_async_callback(balancer.aclose)
         balancer.start()
-        (sandbox, probe), channel, gpu = await asyncio.gather(
-            choose_sandbox(settings.sandbox.tier), _channel(settings, state_dir, environ, stack), _gpu()
-        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                chosen = group.create_task(choose_sandbox(settings.sandbox.tier))
+                connected = group.create_task(_channel(settings, state_dir, environ, stack))
+                card = group.create_task(_gpu())
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        (sandbox, probe), channel, gpu = chosen.result(), connected.result(), card.result()
         engine = OrchestrationEngine(
             profiles=profiles,
             store=store,
@@ -192,20 +241,8 @@ async def running(
             max_live=settings.server.max_live,
             shutdown_s=settings.server.shutdown_s,
         )
-        server = Server(
-            settings=settings,
-            config=config,
-            state_dir=state_dir,
-            environ=environ,
-            store=store,
-            balancer=balancer,
-            engine=engine,
-            toggles=toggles,
-            channel=channel,
-            sandbox_probe=probe,
-            gpu=gpu,
-        )
-        server.store_health = await store.health()
+        store_watch = StoreWatch(store, asyncio.get_running_loop().time)
+        await store_watch.look()
         metrics = Metrics(
             now=_now,
             version=__version__,
@@ -213,7 +250,7 @@ async def running(
             tasks=store.counts,
             llms=balancer.views,
             nats=channel.health,
-            store=server.store_gauge,
+            store=store_watch.gauge,
         )
         engine.observe(metrics.observe)
         handler = McpHandler(
@@ -224,6 +261,20 @@ async def running(
             metrics_interval_s=settings.messaging.metrics_interval_s,
             state_path=state_dir / "published.json",
             shutdown_s=settings.server.shutdown_s,
+        )
+        server = Server(
+            settings=settings,
+            config=config,
+            state_dir=state_dir,
+            environ=environ,
+            store=store,
+            balancer=balancer,
+            engine=engine,
+            toggles=toggles,
+            store_watch=store_watch,
+            messages=handler,
+            sandbox_probe=probe,
+            gpu=gpu,
         )
         # Closed twice: last here if the next lines fail, and first of all at a regular end, so that
         # the handler still publishes what the engine's last steps wrote.
@@ -250,6 +301,13 @@ async def running(
         )
 
 
+def _make_folder(state_dir: Path) -> None:
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise StoreUnusableError(f"the state folder {state_dir} cannot be made: {exc.strerror}") from exc
+
+
 async def _channel(
     settings: Settings, state_dir: Path, environ: Mapping[str, str], stack: AsyncExitStack
 ) -> Channel:
@@ -273,9 +331,15 @@ async def _channel(
 
 async def _reload_on_change(server: Server, config: Path) -> None:
     """Reload when the file is saved. The folder is watched, since editors replace the file."""
-    async for changes in watchfiles.awatch(config.parent, recursive=False):
-        if any(Path(path).name == config.name for _, path in changes):
-            await try_reload(server)
+    while True:
+        try:
+            async for changes in watchfiles.awatch(config.parent, recursive=False):
+                if any(Path(path).name == config.name for _, path in changes):
+                    await try_reload(server)
+        except Exception:
+            # Whatever befell the watch (the folder was replaced, say), the next save must be seen.
+            log.exception("config.watch_failed", folder=str(config.parent))
+        await asyncio.sleep(WATCH_AGAIN_S)
 
 
 async def try_reload(server: Server) -> None:
@@ -283,7 +347,10 @@ async def try_reload(server: Server) -> None:
     try:
         await server.reload()
     except ConfigurationError as exc:
-        events.error("config.refused", problem=exc.problem, pointer=exc.pointer)
+        log.warning("config.refused", problem=exc.problem, pointer=exc.pointer)
+    except Exception:
+        # Nobody waits for this reload: what went wrong is told here or nowhere.
+        log.exception("config.reload_failed")
 
 
 async def _stopped(task: asyncio.Task[None]) -> None:
@@ -305,11 +372,14 @@ async def _gpu() -> str:
     except OSError:
         return "none found; models run on the CPU"
     try:
-        out, _ = await asyncio.wait_for(process.communicate(), 5.0)
+        async with asyncio.timeout(GPU_TIMEOUT_S):
+            out, _ = await process.communicate()
     except TimeoutError:
-        process.kill()
-        await process.wait()
         return "nvidia-smi does not answer"
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     return (
         "; ".join(out.decode(errors="replace").split("\n")).strip("; ") or "none found; models run on the CPU"
     )

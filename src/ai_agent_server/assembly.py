@@ -25,12 +25,30 @@ MAX_FILE_BYTES = 16 * 1024 * 1024
 
 def engine_for(name: str, llm: LLMSettings, environ: Mapping[str, str]) -> LLMEngine:
     """The engine that `llms.<name>` describes. Raises `ConfigurationError`."""
-    engine_class = implementation(llm_engines, llm.engine, pointer=f"/llms/{name}/engine")
+    return _maker(name, llm, environ)()
+
+
+def members_for(
+    settings: Settings, switched: Mapping[str, bool], environ: Mapping[str, str]
+) -> dict[str, Member]:
+    """Every configured LLM with its engine, switched as it was left. Raises `ConfigurationError`."""
+    # Every mistake is found before the first engine is made: what is made has to be closed.
+    makers = {name: _maker(name, llm, environ) for name, llm in settings.llms.items()}
+    return {
+        name: Member(settings=llm, engine=makers[name](), switched=switched.get(name))
+        for name, llm in settings.llms.items()
+    }
+
+
+def _maker(name: str, llm: LLMSettings, environ: Mapping[str, str]) -> Callable[[], LLMEngine]:
+    """Makes the engine, and finds what is wrong with its description before. Raises `ConfigurationError`."""
+    here = ("llms", name)
+    engine_class = implementation(llm_engines, llm.engine, pointer=json_pointer((*here, "engine")))
     try:
         options = msgspec.convert(llm.options, engine_class.Options)
     except msgspec.ValidationError as exc:
         known = tuple(field.encode_name for field in msgspec.structs.fields(engine_class.Options))
-        raise ConfigurationError(str(exc), pointer=f"/llms/{name}/options", choices=known) from exc
+        raise ConfigurationError(str(exc), pointer=json_pointer((*here, "options")), choices=known) from exc
     spec = EngineSpec(
         name=name,
         model=llm.model,
@@ -39,21 +57,12 @@ def engine_for(name: str, llm: LLMSettings, environ: Mapping[str, str]) -> LLMEn
         timeouts=llm.timeouts,
         api_key=configuration.secret(llm.api_key, environ),
     )
-    engine: LLMEngine = engine_class(spec, options)
-    return engine
 
+    def make() -> LLMEngine:
+        engine: LLMEngine = engine_class(spec, options)
+        return engine
 
-def members_for(
-    settings: Settings, toggles: Mapping[str, bool], environ: Mapping[str, str]
-) -> dict[str, Member]:
-    """Every configured LLM with its engine, switched as it was left."""
-    return {
-        name: Member(
-            settings=msgspec.structs.replace(llm, toggle=toggles.get(name, llm.toggle)),
-            engine=engine_for(name, llm, environ),
-        )
-        for name, llm in settings.llms.items()
-    }
+    return make
 
 
 def strategy_for(settings: Settings) -> BalancingStrategy:
@@ -104,7 +113,7 @@ def _role(settings: Settings, profile_name: str, role_name: str, folder: Path | 
             prefer=role.prefer,
             privacy="local" if locked_local else role.privacy,
         ),
-        limits=role.limits or settings.limits,
+        limits=role.limits.over(settings.limits) if role.limits else settings.limits,
         payload_schema=role.payload_schema or profile.payload_schema,
     )
 
@@ -119,8 +128,17 @@ def _prompt(
     packaged = resources.files("ai_agent_server.config").joinpath("prompts", relative)
     places = [*([folder / relative] if folder else []), packaged]
     for place in places:
-        if place.is_file():
-            return place.read_text(encoding="utf-8")
+        try:
+            if place.is_file():
+                return place.read_text(encoding="utf-8")
+        except UnicodeDecodeError as exc:
+            raise ConfigurationError(
+                f"the prompt file {str(place)!r} is not UTF-8 at byte {exc.start}", pointer=pointer
+            ) from exc
+        except OSError as exc:
+            raise ConfigurationError(
+                f"the prompt file {str(place)!r} cannot be read: {exc.strerror}", pointer=pointer
+            ) from exc
     if named or required:
         raise ConfigurationError(
             f"there is no prompt file {relative!r}", pointer=pointer, choices=tuple(str(p) for p in places)

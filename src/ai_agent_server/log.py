@@ -20,7 +20,8 @@ def configure(level: str = "info", *, stream: TextIO | None = None) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if pretty:
-        processors.append(structlog.dev.ConsoleRenderer())
+        # The renderer's own tracebacks show every frame's variables: prompts and keys among them.
+        processors.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
     else:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(

@@ -3,10 +3,12 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 
 import msgspec
 import pytest
+import structlog
+from structlog.typing import EventDict
 
 from ai_agent_server.config.settings import BalancerSettings, CircuitSettings, LLMSettings, RetrySettings
 from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, RouteHints, message
@@ -25,7 +27,7 @@ from ai_agent_server.errors import (
     UnknownLLMError,
 )
 from ai_agent_server.llm_engines.base import ModelCard, Residency, chat
-from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, BalancerEvent, Member
+from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, Member
 from ai_agent_server.load_balancer.base import LLMView, Requirements
 from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirst
 
@@ -120,7 +122,6 @@ def balanced(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     settings: BalancerSettings = SETTINGS,
-    events: list[BalancerEvent] | None = None,
 ) -> BalancedEngine:
     return BalancedEngine(
         {name: Member(settings=llm, engine=engine) for name, (llm, engine) in members.items()},
@@ -129,7 +130,6 @@ def balanced(
         clock=clock,
         rng=random.Random(7),
         sleep=sleep,
-        on_event=None if events is None else events.append,
     )
 
 
@@ -141,6 +141,20 @@ def asking(text: str = "2+2?", **route: object) -> ChatRequest:
 def view_of(engine: BalancedEngine, name: str) -> LLMView:
     (view,) = [view for view in engine.views() if view.name == name]
     return view
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What the balancer logs: the events' names, with why."""
+    said: list[str] = []
+
+    def take(_: object, __: str, event: EventDict) -> EventDict:
+        said.append(f"{event['event']} {event.get('why', '')}".strip())
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[take])
+    yield said
+    structlog.reset_defaults()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -169,12 +183,10 @@ async def test_a_failure_before_the_first_token_is_repeated_after_a_growing_jitt
     assert 1.0 <= second <= 2.0
 
 
-async def test_what_keeps_failing_falls_back_to_the_next() -> None:
-    skipped, events = SkippedTime(), list[BalancerEvent]()
+async def test_what_keeps_failing_falls_back_to_the_next(told: list[str]) -> None:
+    skipped = SkippedTime()
     broken, whole = LineEngine(EngineFailedError("500")), LineEngine()
-    engine = balanced(
-        {"a": (LOCAL, broken), "b": (API, whole)}, clock=skipped.clock, sleep=skipped.sleep, events=events
-    )
+    engine = balanced({"a": (LOCAL, broken), "b": (API, whole)}, clock=skipped.clock, sleep=skipped.sleep)
     reply = await chat(engine, asking())
     assert (reply.llm, reply.source) == ("b", "api")
     assert len(broken.calls) == 3
@@ -183,7 +195,11 @@ async def test_what_keeps_failing_falls_back_to_the_next() -> None:
         ("b", None),
         ("a", "LB-8 tried"),
     ]
-    assert [event.kind for event in events] == ["llm.retried", "llm.retried", "llm.given_up"]
+    assert told == [
+        "llm.retried EngineFailedError",
+        "llm.retried EngineFailedError",
+        "llm.given_up EngineFailedError",
+    ]
 
 
 async def test_nothing_is_repeated_after_the_first_token() -> None:
@@ -231,13 +247,13 @@ async def test_a_retry_after_sends_the_request_to_another_at_once() -> None:
     assert len(busy.calls) == 1
 
 
-async def test_a_retry_after_is_waited_for_where_there_is_no_other() -> None:
-    skipped, events = SkippedTime(), list[BalancerEvent]()
+async def test_a_retry_after_is_waited_for_where_there_is_no_other(told: list[str]) -> None:
+    skipped = SkippedTime()
     busy = LineEngine(EngineBusyError("429", retry_after_s=20.0), ANSWER)
-    engine = balanced({"a": (LOCAL, busy)}, clock=skipped.clock, sleep=skipped.sleep, events=events)
+    engine = balanced({"a": (LOCAL, busy)}, clock=skipped.clock, sleep=skipped.sleep)
     assert (await chat(engine, asking())).llm == "a"
     assert skipped.now_s == pytest.approx(20.0)
-    assert [event.kind for event in events] == ["llm.circuit_opened", "llm.waited", "llm.circuit_closed"]
+    assert told == ["llm.circuit_opened EngineBusyError", "llm.waited", "llm.circuit_closed"]
 
 
 async def test_a_retry_after_beyond_the_longest_wait_ends_the_request_at_once() -> None:
@@ -562,10 +578,12 @@ async def test_a_client_that_closes_its_stream_frees_the_slot() -> None:
     assert (view.in_flight, view.failures, view.circuit) == (0, 0, "closed")
 
 
-async def test_an_llm_that_is_switched_off_finishes_what_it_answers_and_takes_no_more() -> None:
-    line, events = LineEngine(), list[BalancerEvent]()
+async def test_an_llm_that_is_switched_off_finishes_what_it_answers_and_takes_no_more(
+    told: list[str],
+) -> None:
+    line = LineEngine()
     line.hold.clear()
-    engine = balanced({"a": (LOCAL, line)}, events=events)
+    engine = balanced({"a": (LOCAL, line)})
     running = asyncio.create_task(chat(engine, asking()))
     await until(lambda: line.running == 1)
     waiting = asyncio.create_task(chat(engine, asking()))
@@ -577,17 +595,17 @@ async def test_an_llm_that_is_switched_off_finishes_what_it_answers_and_takes_no
     assert (await running).text == "four"
     await engine.set_toggle("a", True)
     assert (await chat(engine, asking())).text == "four"
-    assert [(event.kind, event.why) for event in events] == [("llm.toggled", "off"), ("llm.toggled", "on")]
+    assert told == ["llm.toggled off", "llm.toggled on"]
     with pytest.raises(UnknownLLMError, match="there are: a"):
         await engine.set_toggle("b", False)
 
 
 async def test_a_toggle_is_kept_before_it_counts() -> None:
-    kept: list[tuple[str, bool]] = []
+    kept: list[tuple[str, bool, bool]] = []
 
-    async def keep(name: str, on: bool) -> None:
+    async def keep(name: str, on: bool, over: bool) -> None:
         assert view_of(engine, name).toggle
-        kept.append((name, on))
+        kept.append((name, on, over))
 
     engine = BalancedEngine(
         {"a": Member(settings=LOCAL, engine=LineEngine())},
@@ -598,8 +616,67 @@ async def test_a_toggle_is_kept_before_it_counts() -> None:
         keep_toggle=keep,
     )
     await engine.set_toggle("a", False)
-    assert kept == [("a", False)]
+    assert kept == [("a", False, True)]
     assert not view_of(engine, "a").toggle
+
+
+async def test_a_switch_that_a_reload_overtakes_counts_for_the_llm_that_is_there_now() -> None:
+    kept: list[tuple[str, bool, bool]] = []
+
+    async def keep(name: str, on: bool, over: bool) -> None:
+        if not kept:
+            engine.replace(
+                {"a": Member(settings=changed(LOCAL, context=8192, toggle=False), engine=LineEngine())}
+            )
+        kept.append((name, on, over))
+
+    engine = BalancedEngine(
+        {"a": Member(settings=LOCAL, engine=LineEngine())},
+        strategy=ResidentFirst(),
+        settings=SETTINGS,
+        clock=time.monotonic,
+        rng=random.Random(7),
+        keep_toggle=keep,
+    )
+    await engine.set_toggle("a", True)
+    assert kept == [("a", True, True), ("a", True, False)], "kept again over what is configured now"
+    assert view_of(engine, "a").toggle
+    await engine.aclose()
+
+
+async def test_a_switch_of_an_llm_that_a_reload_takes_away_is_refused() -> None:
+    async def keep(name: str, on: bool, over: bool) -> None:
+        engine.replace({"b": Member(settings=LOCAL, engine=LineEngine())})
+
+    engine = BalancedEngine(
+        {"a": Member(settings=LOCAL, engine=LineEngine())},
+        strategy=ResidentFirst(),
+        settings=SETTINGS,
+        clock=time.monotonic,
+        rng=random.Random(7),
+        keep_toggle=keep,
+    )
+    with pytest.raises(UnknownLLMError, match="there are: b"):
+        await engine.set_toggle("a", False)
+    await engine.aclose()
+
+
+async def test_an_llm_starts_as_it_was_switched_and_a_changed_configuration_wins() -> None:
+    line = LineEngine()
+    engine = BalancedEngine(
+        {"a": Member(settings=LOCAL, engine=line, switched=False)},
+        strategy=ResidentFirst(),
+        settings=SETTINGS,
+        clock=time.monotonic,
+        rng=random.Random(7),
+    )
+    assert not view_of(engine, "a").toggle
+    engine.replace({"a": Member(settings=changed(LOCAL, tier="main"), engine=line)})
+    assert not view_of(engine, "a").toggle, "its toggle in the file is what it was"
+    engine.replace({"a": Member(settings=changed(LOCAL, toggle=False), engine=line)})
+    engine.replace({"a": Member(settings=LOCAL, engine=line)})
+    assert view_of(engine, "a").toggle
+    await engine.aclose()
 
 
 async def test_a_reload_keeps_what_did_not_change_and_drops_no_stream() -> None:
@@ -609,14 +686,15 @@ async def test_a_reload_keeps_what_did_not_change_and_drops_no_stream() -> None:
     running = asyncio.create_task(chat(engine, asking(llm="moved")))
     await until(lambda: old.running == 1)
     await engine.set_toggle("same", False)
-    await engine.replace(
+    engine.replace(
         {
             "same": Member(settings=changed(LOCAL, tier="main"), engine=unused),
             "moved": Member(settings=changed(LOCAL, context=8192), engine=new),
         }
     )
-    assert (unused.closed, gone.closed, same.closed) == (1, 1, 0)
-    assert old.closed == 0, "its stream goes on"
+    await until(lambda: (unused.closed, gone.closed) == (1, 1))
+    assert (old.closed, same.closed) == (0, 0)
+    assert old.running == 1, "its stream goes on"
     view = view_of(engine, "same")
     assert (view.tier, view.toggle) == ("main", False)
     assert (await chat(engine, asking(llm="moved"))).llm == "moved"
@@ -628,6 +706,68 @@ async def test_a_reload_keeps_what_did_not_change_and_drops_no_stream() -> None:
     assert (same.closed, old.closed, new.closed) == (1, 1, 1)
 
 
+async def test_an_engine_that_closes_slowly_holds_no_reload_up_and_is_waited_for_at_the_end() -> None:
+    class Slow(LineEngine):
+        async def aclose(self) -> None:
+            await ending.wait()
+            self.closed += 1
+
+    ending, old, new = asyncio.Event(), Slow(), LineEngine()
+    engine = balanced({"a": (LOCAL, old)})
+    engine.replace({"a": Member(settings=changed(LOCAL, context=8192), engine=new)})
+    assert (await chat(engine, asking())).text == "four"
+    assert len(new.calls) == 1
+    closing = asyncio.create_task(engine.aclose())
+    await until(lambda: new.closed == 1)
+    assert not closing.done()
+    ending.set()
+    await closing
+    assert old.closed == 1
+
+
+async def test_closing_waits_for_no_stream_of_an_engine_that_was_replaced() -> None:
+    old = LineEngine()
+    old.hold.clear()
+    engine = balanced({"a": (LOCAL, old)})
+    running = asyncio.create_task(chat(engine, asking()))
+    await until(lambda: old.running == 1)
+    engine.replace({})
+    async with asyncio.timeout(DEADLINE_S):
+        await engine.aclose()
+    assert old.closed == 1
+    old.hold.set()
+    await running
+
+
+async def test_a_fault_in_one_engine_ends_neither_the_watch_nor_the_closing_of_the_others(
+    told: list[str],
+) -> None:
+    class Faulty(LineEngine):
+        async def models(self) -> tuple[ModelCard, ...]:
+            self.asked_for_models += 1
+            raise ZeroDivisionError
+
+        async def aclose(self) -> None:
+            raise ZeroDivisionError
+
+    faulty, whole = Faulty(), LineEngine()
+    whole.residency = "loaded"
+    engine = BalancedEngine(
+        {name: Member(settings=LOCAL, engine=line) for name, line in (("a", faulty), ("b", whole))},
+        strategy=ResidentFirst(),
+        settings=SETTINGS,
+        clock=time.monotonic,
+        rng=random.Random(7),
+        residency_interval_s=0.001,
+    )
+    engine.start()
+    await until(lambda: faulty.asked_for_models > 2)
+    assert [view.resident for view in engine.views()] == [None, True]
+    await engine.aclose()
+    assert whole.closed == 1
+    assert set(told) == {"llm.residency_unknown", "llm.close_failed"}
+
+
 async def test_who_waits_goes_on_waiting_through_a_reload() -> None:
     line, fresh = LineEngine(), LineEngine()
     line.hold.clear()
@@ -636,9 +776,7 @@ async def test_who_waits_goes_on_waiting_through_a_reload() -> None:
     await until(lambda: line.running == 1)
     waiting = asyncio.create_task(chat(engine, asking("1")))
     await until(lambda: engine.waiting == 1)
-    await engine.replace(
-        {"a": Member(settings=LOCAL, engine=line), "b": Member(settings=LOCAL, engine=fresh)}
-    )
+    engine.replace({"a": Member(settings=LOCAL, engine=line), "b": Member(settings=LOCAL, engine=fresh)})
     async with asyncio.timeout(DEADLINE_S):
         assert (await waiting).llm == "b"
     line.hold.set()

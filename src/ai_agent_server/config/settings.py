@@ -1,11 +1,12 @@
 """The configuration: one strict JSON file as frozen values, with its published JSON Schema."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -13,12 +14,15 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 
 from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier
-from ai_agent_server.core.task_packet import Limits
+from ai_agent_server.core.task_packet import Limits, LimitsDraft
 from ai_agent_server.core.workflow import END, Workflow
 from ai_agent_server.errors import ConfigurationError
 from ai_agent_server.llm_engines.base import EngineTimeouts
+from ai_agent_server.loopback import is_loopback_url
 from ai_agent_server.sandbox.base import SandboxLimits
 
+API_KEY = "AI_AGENT_SERVER_API_KEY"
+"""The variable that holds the key which clients must show."""
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 MAX_BYTES = 4 * 1024 * 1024
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -45,6 +49,12 @@ RESERVED_PROFILES = frozenset(
 """Path segments below /api/v1 that are routes of their own; a profile may not shadow them."""
 RESERVED_ROLES = frozenset({END, "user"})
 
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Tokens = Annotated[int, msgspec.Meta(ge=1, le=100_000_000)]
+Megabytes = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+Dollars = Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]
+
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A part of the file. An unknown key is refused."""
@@ -53,8 +63,8 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Accelerator(_Section, frozen=True, kw_only=True):
     """Memory that models share: one GPU, or RAM under the name `cpu`."""
 
-    memory_mb: int
-    headroom_mb: int = 512
+    memory_mb: Megabytes
+    headroom_mb: Megabytes = 512
 
 
 class EnvSecret(_Section, frozen=True, kw_only=True):
@@ -75,14 +85,14 @@ class LLMSettings(_Section, frozen=True, kw_only=True):
     locked: bool = False
     """What is assigned to this LLM is never moved to another."""
     tier: Tier = "small"
-    context: int = 4096
-    slots: int = 1
+    context: Tokens = 4096
+    slots: Count = 1
     capabilities: tuple[Capability, ...] = ("chat",)
     accelerator: str | None = None
-    memory_mb: int | None = None
+    memory_mb: Megabytes | None = None
     api_key: EnvSecret | None = None
-    cost_per_million_input_usd: float = 0.0
-    cost_per_million_output_usd: float = 0.0
+    cost_per_million_input_usd: Dollars = 0.0
+    cost_per_million_output_usd: Dollars = 0.0
     timeouts: EngineTimeouts = EngineTimeouts()
     options: JSONObject = msgspec.field(default_factory=dict)
 
@@ -103,9 +113,10 @@ class RoleSettings(_Section, frozen=True, kw_only=True):
     `<profile>/<role>.md`."""
     payload_schema: JSONObject | None = None
     result_schema: JSONObject | None = None
-    max_tokens: int = 512
-    temperature: float = 0.0
-    limits: Limits | None = None
+    max_tokens: Tokens = 512
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
+    limits: LimitsDraft | None = None
+    """What is left out is as in the file's own `limits`."""
     options: JSONObject = msgspec.field(default_factory=dict)
 
 
@@ -122,16 +133,16 @@ class ProfileSettings(_Section, frozen=True, kw_only=True):
 class CircuitSettings(_Section, frozen=True, kw_only=True):
     """When an LLM that fails is left alone."""
 
-    failures: int = 5
-    cooldown_s: float = 30.0
+    failures: Count = 5
+    cooldown_s: Seconds = 30.0
 
 
 class RetrySettings(_Section, frozen=True, kw_only=True):
     """How an LLM call is repeated before its first token."""
 
-    attempts: int = 3
-    backoff_s: float = 0.25
-    backoff_max_s: float = 8.0
+    attempts: Count = 3
+    backoff_s: Seconds = 0.25
+    backoff_max_s: Seconds = 8.0
 
 
 class BalancerSettings(_Section, frozen=True, kw_only=True):
@@ -141,7 +152,7 @@ class BalancerSettings(_Section, frozen=True, kw_only=True):
     """A file below load_balancer/strategies."""
     circuit: CircuitSettings = CircuitSettings()
     retry: RetrySettings = RetrySettings()
-    max_wait_s: float = 120.0
+    max_wait_s: Seconds = 120.0
 
 
 class MessagingSettings(_Section, frozen=True, kw_only=True):
@@ -152,7 +163,7 @@ class MessagingSettings(_Section, frozen=True, kw_only=True):
     """Your nats-server; by default the one that is shipped runs as a private child on loopback."""
     credentials: EnvSecret | None = None
     """A variable that holds `user:password` or a token."""
-    metrics_interval_s: float = 10.0
+    metrics_interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=86_400)] = 10.0
 
 
 class StoreSettings(_Section, frozen=True, kw_only=True):
@@ -172,10 +183,10 @@ class SandboxSettings(_Section, frozen=True, kw_only=True):
 class ServerSettings(_Section, frozen=True, kw_only=True):
     """Intake, work at the same time, and shutdown."""
 
-    max_running: int = 4
-    max_live: int = 1000
-    max_body_mb: float = 8.0
-    shutdown_s: float = 10.0
+    max_running: Count = 4
+    max_live: Count = 1000
+    max_body_mb: Annotated[float, msgspec.Meta(gt=0, le=1024)] = 8.0
+    shutdown_s: Seconds = 10.0
     allowed_folders: tuple[str, ...] = ()
     """Folders from which a payload may name files (images for vision)."""
 
@@ -201,12 +212,6 @@ def json_schema() -> JSONObject:
     definitions = schema["$defs"]
     for section, key in (("Settings", "llms"), ("Settings", "profiles"), ("ProfileSettings", "roles")):
         definitions[section]["properties"][key]["propertyNames"] = {"pattern": NAME_PATTERN}
-    for definition in definitions.values():
-        for name, prop in definition.get("properties", {}).items():
-            if name.endswith(("_s", "_mb", "_kb")) and prop.get("type") in {"number", "integer"}:
-                prop["minimum"] = 0
-            if name in {"context", "slots", "max_running", "max_live", "max_tokens", "attempts", "calls"}:
-                prop["minimum"] = 1
     return {"$schema": SCHEMA_ID, "title": "configuration.json of AI-Agent-Server", **schema}
 
 
@@ -231,23 +236,24 @@ def load(path: Path | None) -> Settings:
 def parse(text: bytes, *, source: str) -> Settings:
     """The settings in `text`. Raises `ConfigurationError` with the JSON pointer of the first mistake."""
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as exc:
         raise ConfigurationError(f"not UTF-8 at byte {exc.start}", source=source) from exc
     except json.JSONDecodeError as exc:
         raise ConfigurationError(
             f"not JSON: {exc.msg} at line {exc.lineno}, column {exc.colno}", source=source
         ) from exc
+    except ValueError as exc:
+        raise ConfigurationError("a number has too many digits", source=source) from exc
     except RecursionError as exc:
         raise ConfigurationError("nested too deep", source=source) from exc
-    except _DuplicateKeyError as exc:
-        raise ConfigurationError(
-            f"the key {exc.args[0]!r} stands twice in one object", source=source
-        ) from exc
+    for path, problem in _not_json(document):
+        raise ConfigurationError(problem, pointer=json_pointer(path), source=source)
     mistake = best_match(Draft202012Validator(json_schema()).iter_errors(document))
     if mistake is not None:
         raise _from_schema(mistake, source)
-    settings = msgspec.convert(document, Settings)
+    # The schema has checked the types; to it 4.0 is an integer, as it is to JSON.
+    settings = msgspec.convert(document, Settings, strict=False)
     _check_meaning(settings, source)
     return settings
 
@@ -262,17 +268,39 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
-class _DuplicateKeyError(ValueError):
-    pass
+class _KeyTwice(dict[str, Any]):
+    """An object in which `twice` stands twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]], twice: str) -> None:
+        super().__init__(pairs)
+        self.twice = twice
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: set[str] = set()
+    for key, _ in pairs:
         if key in seen:
-            raise _DuplicateKeyError(key)
-        seen[key] = value
-    return seen
+            return _KeyTwice(pairs, key)
+        seen.add(key)
+    return dict(pairs)
+
+
+def _not_json(document: object) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What Python's decoder lets through though no other would agree on it: where, and what is wrong."""
+    parts: list[tuple[tuple[str | int, ...], object]] = [((), document)]
+    while parts:
+        path, part = parts.pop()
+        match part:
+            case _KeyTwice():
+                yield (*path, part.twice), f"the key {part.twice!r} stands twice in one object"
+            case dict():
+                parts += [((*path, key), value) for key, value in reversed(part.items())]
+            case list():
+                parts += [((*path, index), value) for index, value in enumerate(part)]
+            case float() if not math.isfinite(part):
+                yield path, "not a number that can be used: it is NaN, infinite or too large"
+            case _:
+                pass
 
 
 def json_pointer(path: tuple[str | int, ...]) -> str:
@@ -294,7 +322,8 @@ def _from_schema(mistake: ValidationError, source: str) -> ConfigurationError:
         allowed: Any = mistake.validator_value
         choices = tuple(str(choice) for choice in allowed)
         problem = f"{mistake.instance!r} is not one of the choices"
-    elif mistake.validator == "pattern":
+    elif "propertyNames" in mistake.absolute_schema_path:
+        path = (*path, str(mistake.instance))
         problem = f"{mistake.instance!r} must be lower-case letters, digits and '-', 63 at most"
     return ConfigurationError(problem, pointer=json_pointer(path), choices=choices, source=source)
 
@@ -314,8 +343,11 @@ def _check_meaning(settings: Settings, source: str) -> None:
                 "llms", name, "accelerator",
                 choices=tuple(settings.accelerators),
             )  # fmt: skip
+        base_url = llm.options.get("base_url", "")
+        if base_url and not _is_http(base_url):
+            raise wrong("not an http(s) URL", "llms", name, "options", "base_url")
         remote = "base_url" in llm.options or llm.engine.startswith("api.")
-        if llm.source == "local" and remote and not _is_loopback(llm.options):
+        if llm.source == "local" and remote and not is_loopback_url(base_url):
             raise wrong(
                 "an LLM with source 'local' is on this machine: its base_url has to be a loopback address",
                 "llms", name, "source",
@@ -352,9 +384,14 @@ def _check_profiles(settings: Settings, wrong: Any) -> None:
         _check_routes(profile, wrong, *here, "workflow", "routes")
 
 
-def _is_loopback(options: JSONObject) -> bool:
-    host = urlsplit(str(options.get("base_url", ""))).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.")
+def _is_http(url: object) -> bool:
+    if not isinstance(url, str) or not url.isprintable() or " " in url:
+        return False
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _check_schema(schema: JSONObject | None, wrong: Any, *path: str | int) -> None:

@@ -1,9 +1,13 @@
 """Values of a profile's workflow: the table of feedback routes. The engine follows it; no LLM does."""
 
+from typing import Annotated
+
 import msgspec
 
 END = "end"
 """The target of an edge that ends the task well."""
+
+Times = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 
 class Edge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -15,7 +19,7 @@ class Edge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """
 
     to: str
-    at_most: int | None = None
+    at_most: Times | None = None
     since: tuple[str, ...] = ()
     feedback: bool = False
     """Counts towards the limit `feedback_hops`."""
@@ -30,9 +34,9 @@ class Workflow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     routes: dict[str, tuple[Edge, ...]] = msgspec.field(default_factory=dict)
     makers: tuple[str, ...] = ()
     """Roles whose artifact is the work itself; the best of theirs is kept."""
-    max_invalid_output: int = 3
+    max_invalid_output: Times = 3
     """How often in a row a role may fail to answer in the form asked for."""
-    max_rounds_without_progress: int = 4
-    max_same_step: int = 3
+    max_rounds_without_progress: Times = 4
+    max_same_step: Times = 3
     """How often the same role may see the same prompt and answer with the same code."""
-    input_expires_s: float = 86_400.0
+    input_expires_s: Annotated[float, msgspec.Meta(gt=0, le=1_000_000_000)] = 86_400.0

@@ -2,9 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import structlog
@@ -26,7 +26,9 @@ from ai_agent_server.load_balancer.admission import Admission, Journey, Lease
 from ai_agent_server.load_balancer.base import BalancingStrategy, LLMView, Requirements
 from ai_agent_server.load_balancer.standing import HeldEngine, Member, Standing, same_engine
 
-__all__ = ("BalancedEngine", "BalancerEvent", "Member")
+__all__ = ("BalancedEngine", "Member")
+
+log = structlog.get_logger(__name__)
 
 RESIDENCY_TIMEOUT_S = 2.0
 
@@ -40,17 +42,9 @@ EventKind = Literal[
     "llm.replaced",
     "llm.close_failed",
 ]
+KeepToggle = Callable[[str, bool, bool], Awaitable[None]]
+"""Called with an LLM's name, whether it is on, and what the configuration said then."""
 WARNINGS = frozenset({"llm.circuit_opened", "llm.retried", "llm.given_up", "llm.close_failed"})
-
-
-class BalancerEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """A fact for the log and the metrics. `why` is an error's class or a few words, never a prompt."""
-
-    kind: EventKind
-    llm: str
-    why: str = ""
-    wait_s: float = 0.0
-    """Until a retry or a probe, or how long a request waited for a slot."""
 
 
 class BalancedEngine:
@@ -72,11 +66,13 @@ class BalancedEngine:
         clock: Callable[[], float],
         rng: random.Random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        on_event: Callable[[BalancerEvent], None] | None = None,
-        keep_toggle: Callable[[str, bool], Awaitable[None]] | None = None,
+        keep_toggle: KeepToggle | None = None,
         residency_interval_s: float = 5.0,
     ) -> None:
-        """`clock` is monotonic, in seconds; `settings.strategy` is the name that decisions give."""
+        """`clock` is monotonic, in seconds; `settings.strategy` is the name that decisions give.
+
+        `keep_toggle` makes a switch survive a restart before it counts.
+        """
         self._admission = Admission(
             {name: Standing(name, member) for name, member in members.items()},
             strategy=strategy,
@@ -85,12 +81,10 @@ class BalancedEngine:
             sleep=sleep,
         )
         self._clock, self._rng, self._sleep = clock, rng, sleep
-        self._on_event, self._keep_toggle = on_event, keep_toggle
+        self._keep_toggle = keep_toggle
         self._residency_interval_s = residency_interval_s
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._retired: set[HeldEngine] = set()
-        self._watching = False
-        self._log = structlog.get_logger("load_balancer")
+        self._watch: asyncio.Task[None] | None = None
+        self._retired: dict[HeldEngine, asyncio.Task[None]] = {}
 
     # The engine port
 
@@ -140,21 +134,23 @@ class BalancedEngine:
     async def aclose(self) -> None:
         """End every wait, stop the background work, close every engine."""
         self._admission.close()
-        tasks = tuple(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for held in (*(standing.held for standing in self._admission.standings.values()), *self._retired):
-            await self._close(held)
-        self._retired.clear()
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait((self._watch,))
+        for held in self._retired:
+            held.idle.set()  # its streams are waited for no longer
+        async with asyncio.TaskGroup() as group:
+            for standing in self._admission.standings.values():
+                group.create_task(self._close(standing.held))
+        while self._retired:
+            await asyncio.wait(tuple(self._retired.values()))
 
     # What the server asks of it beside
 
     def start(self) -> None:
         """Watch residency in the background from now on: local engines only, and nothing is loaded."""
-        if not self._watching:
-            self._watching = True
-            self._own(self._watch_residency())
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._watch_residency(), name="residency-watch")
 
     def requirements(self, request: ChatRequest) -> Requirements:
         """What `request` asks of an LLM; tokens are estimated."""
@@ -178,8 +174,7 @@ class BalancedEngine:
         standing = self._admission.standings.get(llm)
         if standing is None:
             return 0.0
-        view = standing.view(self._clock())
-        return estimate.cost_usd(view, usage.input_tokens, usage.output_tokens)
+        return estimate.cost_usd(standing.settings, usage.input_tokens, usage.output_tokens)
 
     async def set_toggle(self, name: str, on: bool) -> None:
         """Switch an LLM on or off. What it is answering goes on; switching it on closes its circuit.
@@ -187,56 +182,50 @@ class BalancedEngine:
         Raises `UnknownLLMError`.
         """
         standing = self._named(name)
-        if self._keep_toggle is not None:
-            await self._keep_toggle(name, on)
+        over: bool | None = None
+        while self._keep_toggle is not None and over != standing.settings.toggle:
+            over = standing.settings.toggle
+            await self._keep_toggle(name, on, over)
+            standing = self._named(name)  # another, where a reload came between
         standing.toggle = on
         if on:
             standing.circuit = circuit.Circuit()
         self._tell("llm.toggled", name, why="on" if on else "off")
         self._admission.dispatch(changed=True)
 
-    async def replace(
+    def replace(
         self,
         members: Mapping[str, Member],
         *,
         settings: BalancerSettings | None = None,
         strategy: BalancingStrategy | None = None,
     ) -> None:
-        """Balance these from now on. Takes over the engines that are given.
+        """Balance these from now on, at once. Takes over the engines that are given.
 
         An LLM whose engine settings did not change keeps its engine, its model in memory and its
         figures; a new engine given for it is closed unused. An engine that is no longer needed is
-        closed when its last stream has ended. Nobody who waits loses their place.
+        closed in the background when its last stream has ended. Nobody who waits loses their place.
         """
         admission = self._admission
         admission.settings = settings or admission.settings
         admission.strategy = strategy or admission.strategy
         old, admission.standings = admission.standings, {}
-        idle: list[HeldEngine] = []
         for name, member in members.items():
             kept = old.get(name)
-            same = kept is not None and (
+            if kept is not None and (
                 member.engine is kept.held.engine or same_engine(kept.settings, member.settings)
-            )
-            if kept is not None and same:
+            ):
                 kept.reconfigure(member.settings)
                 admission.standings[name] = kept
                 if member.engine is not kept.held.engine:
-                    idle.append(HeldEngine(name, member.engine))
+                    self._retire(HeldEngine(name, member.engine))
             else:
                 admission.standings[name] = Standing(name, member)
         for name, standing in old.items():
-            if admission.standings.get(name) is standing:
-                continue
-            self._tell("llm.replaced", name)
-            if standing.held.idle.is_set():
-                idle.append(standing.held)
-            else:
-                self._retired.add(standing.held)
-                self._own(self._close_after_last(standing.held))
+            if admission.standings.get(name) is not standing:
+                self._tell("llm.replaced", name)
+                self._retire(standing.held)
         admission.dispatch(changed=True)
-        for held in idle:
-            await self._close(held)
 
     async def refresh_residency(self) -> None:
         """Ask every local engine, at the same time, what it has in memory. Never loads a model."""
@@ -348,29 +337,35 @@ class BalancedEngine:
             await self._sleep(self._residency_interval_s)
 
     async def _look_at(self, standing: Standing) -> None:
+        cards: tuple[ModelCard, ...] = ()
         try:
             async with asyncio.timeout(RESIDENCY_TIMEOUT_S):
                 cards = await standing.held.engine.models()
         except (EngineError, TimeoutError):
-            standing.seen(())
-        else:
-            standing.seen(cards)
+            pass  # a request will tell, if there is one
+        except Exception:
+            # A fault in one engine must not end the watch over the others.
+            log.exception("llm.residency_unknown", llm=standing.name)
+        standing.seen(cards)
+
+    def _retire(self, held: HeldEngine) -> None:
+        self._retired[held] = asyncio.create_task(self._close_after_last(held), name=f"close {held.name}")
 
     async def _close_after_last(self, held: HeldEngine) -> None:
-        await held.idle.wait()
-        await self._close(held)
-        self._retired.discard(held)
+        try:
+            await held.idle.wait()
+            await self._close(held)
+        finally:
+            del self._retired[held]
 
     async def _close(self, held: HeldEngine) -> None:
         try:
             await held.engine.aclose()
         except (EngineError, OSError) as exc:
             self._tell("llm.close_failed", held.name, why=type(exc).__name__)
-
-    def _own(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        except Exception:
+            # A fault in one engine must not leave the others open.
+            log.exception("llm.close_failed", llm=held.name)
 
     def _tell(
         self,
@@ -380,10 +375,12 @@ class BalancedEngine:
         why: str = "",
         wait_s: float = 0.0,
     ) -> None:
-        tell = self._log.warning if kind in WARNINGS else self._log.info
+        """Log a fact. `why` is an error's class or a few words, never a prompt.
+
+        `wait_s` is until a retry or a probe, or how long a request waited for a slot.
+        """
+        tell = log.warning if kind in WARNINGS else log.info
         tell(kind, llm=llm, why=why, wait_s=round(wait_s, 3))
-        if self._on_event is not None:
-            self._on_event(BalancerEvent(kind=kind, llm=llm, why=why, wait_s=wait_s))
 
 
 def _is_the_askers(error: EngineError) -> bool:

@@ -1,5 +1,7 @@
 """Rough figures that a decision needs before anything was sent: tokens, seconds, dollars. Pure."""
 
+from typing import Protocol
+
 import msgspec
 
 from ai_agent_server.core.chat import Capability, ChatRequest, ImagePart, TextPart
@@ -61,10 +63,24 @@ def requirements(request: ChatRequest) -> Requirements:
     )
 
 
-def cost_usd(view: LLMView, input_tokens: int, output_tokens: int) -> float:
+class Priced(Protocol):
+    """What prices are read from: an LLM's view, or its settings."""
+
+    @property
+    def cost_per_million_input_usd(self) -> float:
+        """US dollars for a million tokens of prompt."""
+        ...
+
+    @property
+    def cost_per_million_output_usd(self) -> float:
+        """US dollars for a million tokens of answer."""
+        ...
+
+
+def cost_usd(llm: Priced, input_tokens: int, output_tokens: int) -> float:
     """What so many tokens cost on this LLM."""
     return (
-        input_tokens * view.cost_per_million_input_usd + output_tokens * view.cost_per_million_output_usd
+        input_tokens * llm.cost_per_million_input_usd + output_tokens * llm.cost_per_million_output_usd
     ) / 1e6
 
 

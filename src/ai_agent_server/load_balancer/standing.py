@@ -22,6 +22,8 @@ class Member:
 
     settings: LLMSettings
     engine: LLMEngine
+    switched: bool | None = None
+    """On or off as it was switched at run time; None is as its settings say."""
 
 
 class HeldEngine:
@@ -51,7 +53,7 @@ class Standing:
     def __init__(self, name: str, member: Member) -> None:
         self.name = name
         self.settings = member.settings
-        self.toggle = member.settings.toggle
+        self.toggle = member.settings.toggle if member.switched is None else member.switched
         self.held = HeldEngine(name, member.engine)
         self.circuit = Circuit()
         self.in_flight = 0
@@ -62,7 +64,7 @@ class Standing:
         self._load_s: float | None = None
 
     def reconfigure(self, settings: LLMSettings) -> None:
-        """Take settings that need no other engine. A toggle flipped since stays unless the file's changed."""
+        """Take settings that need no other engine. A switch holds until its toggle in the file changes."""
         if settings.toggle != self.settings.toggle:
             self.toggle = settings.toggle
         self.settings = settings

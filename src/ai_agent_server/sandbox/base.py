@@ -1,7 +1,7 @@
 """The sandbox port: runs a program that nobody trusts and says what became of it."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 
@@ -12,12 +12,12 @@ Tier = Literal["bubblewrap", "landlock", "unsafe", "none"]
 class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one run may use."""
 
-    cpu_s: int = 10
-    wall_s: float = 20.0
-    memory_mb: int = 1024
-    processes: int = 64
-    file_mb: int = 16
-    output_kb: int = 64
+    cpu_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] = 10
+    wall_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 20.0
+    memory_mb: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 1024
+    processes: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 64
+    file_mb: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 16
+    output_kb: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 64
 
 
 class SandboxReport(msgspec.Struct, frozen=True, kw_only=True):
