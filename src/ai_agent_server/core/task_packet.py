@@ -61,18 +61,18 @@ Scope = Literal["workflow", "role"]
 Via = Literal["rest", "nats", "internal"]
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1_000_000_000)]
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one task may use before it is ended with a `budget_...` reason."""
 
-    calls: int = 16
-    tokens: int = 60_000
-    wall_s: float = 900.0
-    feedback_hops: int = 8
-    cost_usd: float | None = None
-
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
-Amount = Annotated[float, msgspec.Meta(ge=0, le=1_000_000_000)]
+    calls: Count = 16
+    tokens: Count = 60_000
+    wall_s: Amount = 900.0
+    feedback_hops: Count = 8
+    cost_usd: Amount | None = None
 
 
 class LimitsDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

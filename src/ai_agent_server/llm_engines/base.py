@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 
@@ -18,6 +18,8 @@ from ai_agent_server.core.chat import (
 from ai_agent_server.errors import EngineProtocolError
 
 Residency = Literal["loaded", "loading", "unloaded", "unknown"]
+Silence = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+"""Seconds."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,9 +35,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long an engine may be silent, by phase, in seconds."""
 
-    connect_s: float = 5.0
-    first_token_s: float = 120.0
-    idle_s: float = 45.0
+    connect_s: Silence = 5.0
+    first_token_s: Silence = 120.0
+    idle_s: Silence = 45.0
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
