@@ -257,9 +257,11 @@ async def test_cancel_cuts_the_llm_off_and_nothing_follows(tmp_path: Path, words
         packet, _ = await engine.submit(draft(), via="rest")
         while not words.asked:
             await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
         canceled = await engine.cancel(packet.task_id)
         assert canceled.status is TaskStatus.CANCELED
         assert words.cut == 1
+        assert canceled.usage.calls == 1, "what was used before the cancel was used"
         words.gate.set()
         await asyncio.sleep(0.1)
         assert (await engine.read(packet.task_id)).revision == canceled.revision

@@ -86,7 +86,7 @@ from ai_agent_server.tasks_state.base import TaskFilter, TaskPage, TaskStore
 log = structlog.get_logger(__name__)
 
 RECONCILE_EVERY_S = 2.0
-CANCEL_S = 5.0
+CANCEL_S = 1.0
 """How long a step that was cut off may take to let go."""
 
 
@@ -153,6 +153,8 @@ class OrchestrationEngine:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._waiting_until: dict[str, datetime] = {}
         self._unwritten: dict[str, StepFinished] = {}
+        self._canceling: set[str] = set()
+        self._cut: dict[str, StepFinished] = {}
         self._readers = Readers(store.read)
         self._listeners: list[EventListener] = []
         self._workers: list[asyncio.Task[None]] = []
@@ -268,17 +270,24 @@ class OrchestrationEngine:
         log.info("task.deleted", task_id=task_id)
 
     async def cancel(self, task_id: str) -> TaskPacket:
-        """See `Orchestration.cancel`. The work is stopped before this answers."""
+        """See `Orchestration.cancel`. The work is stopped before this answers, and what it used counted."""
 
         def canceled(packet: TaskPacket) -> Sequence[TaskEvent]:
-            return [Canceled(at=self._clock(), result=self._result(packet, "canceled"))]
+            end = Canceled(at=self._clock(), result=self._result(packet, "canceled"))
+            cut = self._cut.pop(task_id, None)
+            return [cut, end] if cut is not None and _still_holds(cut, packet) else [end]
 
-        packet = await self._change(task_id, canceled)
-        running = self._running.get(task_id)
-        if running is not None:
-            running.cancel()
-            await asyncio.wait((running,), timeout=self._shutdown_s)
-        return packet
+        self._canceling.add(task_id)
+        try:
+            running = self._running.get(task_id)
+            if running is not None:
+                running.cancel()
+                await asyncio.wait((running,), timeout=CANCEL_S)
+            return await self._change(task_id, canceled)
+        finally:
+            self._canceling.discard(task_id)
+            self._cut.pop(task_id, None)
+            self._enqueue(task_id)
 
     async def feedback(
         self, task_id: str, draft: FeedbackDraft, *, via: Via, message_id: str = ""
@@ -353,7 +362,7 @@ class OrchestrationEngine:
         )
 
     def _enqueue(self, task_id: str) -> None:
-        if task_id not in self._queued and task_id in self._live:
+        if task_id in self._live and task_id not in self._queued and task_id not in self._canceling:
             self._queued.add(task_id)
             self._queue.put_nowait(task_id)
 
@@ -530,6 +539,12 @@ class OrchestrationEngine:
         try:
             async with asyncio.timeout(self._remaining_s(packet)) as bound:
                 outcome = await role.agent.run(context)
+        except asyncio.CancelledError:
+            if exchange.call is not None:
+                self._cut[packet.task_id] = self._finished(
+                    action, began, Outcome(verdict="canceled"), exchange.call
+                )
+            raise
         except BudgetSpentError as exc:
             outcome = Outcome(verdict=exc.outcome)
         except InvalidOutputError as exc:
