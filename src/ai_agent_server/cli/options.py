@@ -7,9 +7,9 @@ import msgspec
 from cyclopts import Parameter
 from rich.console import Console
 
-from ai_agent_server.cli.serve import API_KEY, DEFAULT_HOST, DEFAULT_PORT
+from ai_agent_server.cli.serve import DEFAULT_HOST, DEFAULT_PORT
 from ai_agent_server.client import Client
-from ai_agent_server.config.settings import environment
+from ai_agent_server.config.settings import API_KEY, environment
 
 __all__ = ("AsJSON", "ServerURL", "connect", "console", "print_json")
 

@@ -1,6 +1,5 @@
 """`serve`: the server in the foreground, one line on standard output when it is ready."""
 
-import ipaddress
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +8,14 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.types import UInt16
 
-from ai_agent_server.config.settings import environment
+from ai_agent_server.config.settings import API_KEY, environment
 from ai_agent_server.errors import ConfigurationError
+from ai_agent_server.loopback import is_loopback
 
-__all__ = ("API_KEY", "DEFAULT_HOST", "DEFAULT_PORT", "check_binding", "default_state_dir", "serve")
+__all__ = ("DEFAULT_HOST", "DEFAULT_PORT", "check_binding", "default_state_dir", "serve")
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 3160
-API_KEY = "AI_AGENT_SERVER_API_KEY"
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
@@ -28,20 +27,13 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
 
 def check_binding(host: str, api_key: str | None) -> None:
     """Refuse to listen beyond this machine without a key. Raises `ConfigurationError`."""
-    if api_key or _is_loopback(host):
+    if api_key or is_loopback(host):
         return
     raise ConfigurationError(
         f"{host} can be reached from other machines, so a key is needed: set {API_KEY} (in the "
         f"environment or in .env), or listen on {DEFAULT_HOST}",
         source="--host",
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def serve(

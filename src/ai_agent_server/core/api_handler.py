@@ -6,9 +6,7 @@ import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from ipaddress import ip_address
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 import structlog
@@ -66,6 +64,7 @@ from ai_agent_server.core.task_packet import (
 )
 from ai_agent_server.errors import AgentServerError, InvalidPacketError, TaskNotFoundError, UnknownLLMError
 from ai_agent_server.load_balancer.base import LLMView
+from ai_agent_server.loopback import is_loopback_url
 
 log = structlog.get_logger(__name__)
 
@@ -464,18 +463,12 @@ def _refuse_foreign_page(connection: ASGIConnection[Any, Any, Any, Any], _handle
     """
     origin = connection.headers.get("origin")
     host = connection.headers.get("host")
-    if (origin is not None and not _is_loopback(origin)) or (host and not _is_loopback(f"http://{host}")):
+    if (origin is not None and not is_loopback_url(origin)) or (
+        host and not is_loopback_url(f"http://{host}")
+    ):
         raise PermissionDeniedException(
             "a page from elsewhere may not use a server that asks for no API key; start it with one"
         )
-
-
-def _is_loopback(origin: str) -> bool:
-    try:
-        host = urlsplit(origin).hostname or ""
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 async def _read_body(request: AnyRequest, limit_bytes: int) -> bytes:

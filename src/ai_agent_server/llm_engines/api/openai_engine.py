@@ -2,9 +2,7 @@
 
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from ipaddress import ip_address
 from typing import Literal
-from urllib.parse import urlsplit
 
 import httpx2
 import msgspec
@@ -23,6 +21,7 @@ from ai_agent_server.llm_engines import _openai_wire as wire
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import in_stream, refusal, retry_after_s
 from ai_agent_server.llm_engines.base import EngineSpec, ModelCard
+from ai_agent_server.loopback import is_loopback_url
 
 __all__ = ("OpenAIEngine",)
 
@@ -66,7 +65,7 @@ class OpenAIEngine:
                 timeout=timeout,
                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=16),
                 # What a server on this machine is asked must not leave it by a proxy or a redirect.
-                trust_env=not _on_this_machine(options.base_url),
+                trust_env=not is_loopback_url(options.base_url),
                 follow_redirects=False,
             ),
         )
@@ -143,14 +142,6 @@ class OpenAIEngine:
             ValueError,
         ) as exc:
             raise translate(exc, spec=self._spec, connecting=connecting) from exc
-
-
-def _on_this_machine(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _plain(chunk: ChatCompletionChunk, engine: str) -> wire.Chunk:
