@@ -316,11 +316,11 @@ async def _channel(
         memory = MemoryChannel()
         stack.push_async_callback(memory.aclose)
         return memory
+    credentials = configuration.secret(messaging.credentials, environ)
     if messaging.url is not None:
-        credentials = configuration.secret(messaging.credentials, environ)
         channel = await NatsChannel.connect(messaging.url, credentials=credentials)
     else:
-        embedded = await EmbeddedNats.start(state_dir)
+        embedded = await EmbeddedNats.start(state_dir, port=messaging.port, credentials=credentials)
         stack.push_async_callback(embedded.aclose)
         channel = await NatsChannel.connect(
             embedded.url, credentials=embedded.credentials, embedded=True, wait_s=10.0

