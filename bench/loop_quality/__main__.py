@@ -78,6 +78,7 @@ async def measure(options: Options, progress: Progress) -> Summary:
         raise RefusedError(f"--problems: {exc}") from exc
     llm, settings = arms.with_one_llm(configuration.load(options.config), options.llm)
     folder = options.config.parent if options.config else None
+    profile = arms.profile_of(settings, folder)
     sandbox, probe = await choose_sandbox(settings.sandbox.tier)
     if not probe.works:
         raise RefusedError(f"no sandbox works here: {probe.detail}; {probe.advice}")
@@ -88,10 +89,10 @@ async def measure(options: Options, progress: Progress) -> Summary:
         problems=options.problems,
         seed=options.seed,
         temperature=arms.warmest(settings) if options.temperature is None else options.temperature,
-        limits=arms.limits_of(settings, options.calls),
+        limits=arms.limits_of(profile, options.calls),
         tier=probe.tier,
         llm_sha256=arms.llm_sha256(settings.llms[llm]),
-        profile_sha256=arms.profile_sha256(settings, folder),
+        profile_sha256=arms.profile_sha256(profile),
         program_sha256=arms.program_sha256(),
         data_sha256=problems.sha256(),
     )

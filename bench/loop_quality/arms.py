@@ -41,6 +41,8 @@ from bench.loop_quality.problems import Problem
 from bench.loop_quality.score import Score
 
 PROFILE, ENTRY = "developer", "fast-coder"
+PROGRAM = ("agents", "core", "llm_engines", "sandbox")
+"""The parts of the package that a line depends on."""
 SEEDS_A_TASK = 1000
 """How far two `--seed`s are apart: more than a task has steps or a problem draws."""
 GRACE_S = 30.0
@@ -107,10 +109,14 @@ def warmest(settings: Settings) -> float:
     return max(profile.roles[role].temperature for role in (ENTRY, *profile.workflow.makers))
 
 
-def limits_of(settings: Settings, calls: int | None) -> Limits:
+def profile_of(settings: Settings, folder: Path | None) -> Profile:
+    """The loop as configured. `folder` is where the configuration's prompts are."""
+    return profiles_for(settings, folder)[PROFILE]
+
+
+def limits_of(profile: Profile, calls: int | None) -> Limits:
     """What a task of the loop may use."""
-    configured = settings.profiles[PROFILE].roles[ENTRY].limits or settings.limits
-    return LimitsDraft(calls=calls).over(configured)
+    return LimitsDraft(calls=calls).over(profile.roles[ENTRY].limits)
 
 
 def llm_sha256(llm: LLMSettings) -> str:
@@ -118,17 +124,16 @@ def llm_sha256(llm: LLMSettings) -> str:
     return _sha256(msgspec.json.encode(llm, order="deterministic"))
 
 
-def profile_sha256(settings: Settings, folder: Path | None) -> str:
+def profile_sha256(profile: Profile) -> str:
     """What names the loop as configured: its roles with their prompts, its routes."""
-    profile = profiles_for(settings, folder)[PROFILE]
     specs = {name: role.spec for name, role in profile.roles.items()}
     return _sha256(msgspec.json.encode((specs, profile.workflow), order="deterministic"))
 
 
 def program_sha256() -> str:
-    """What names the code of the loop: agents, core and sandbox as they are on the disk."""
+    """What names the code that a line depends on, as it is on the disk."""
     home = Path(ai_agent_server.__file__).parent
-    files = [path for part in ("agents", "core", "sandbox") for path in sorted((home / part).rglob("*.py"))]
+    files = [path for part in PROGRAM for path in sorted((home / part).rglob("*.py"))]
     return _sha256(b"".join(path.read_bytes() for path in files))
 
 

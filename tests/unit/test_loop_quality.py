@@ -221,11 +221,12 @@ def test_what_a_line_depends_on_has_a_name_that_changes_with_it() -> None:
         settings,
         profiles={"developer": msgspec.structs.replace(profile, roles={**profile.roles, "debug": warmer})},
     )
-    assert arms.profile_sha256(settings, None) == arms.profile_sha256(settings, None)
-    assert arms.profile_sha256(settings, None) != arms.profile_sha256(changed, None)
+    one, other = arms.profile_of(settings, None), arms.profile_of(changed, None)
+    assert arms.profile_sha256(one) == arms.profile_sha256(arms.profile_of(settings, None))
+    assert arms.profile_sha256(one) != arms.profile_sha256(other)
     assert arms.warmest(changed) == 0.9
-    assert arms.limits_of(settings, 3) == msgspec.structs.replace(settings.limits, calls=3)
-    assert arms.limits_of(settings, None) == settings.limits
+    assert arms.limits_of(one, 3) == msgspec.structs.replace(settings.limits, calls=3)
+    assert arms.limits_of(one, None) == settings.limits
 
 
 def test_arms_are_told_in_one_order_and_an_unknown_one_is_refused() -> None:
@@ -248,6 +249,13 @@ def test_the_interval_of_a_ratio_is_paired() -> None:
     assert None not in (paired.low, paired.high, apart.low, apart.high)
     assert 1.4 < (paired.low or 0) < 2.0 < (paired.high or 0) < 3.0
     assert (apart.high or 0) - (apart.low or 0) > 1.2 * ((paired.high or 0) - (paired.low or 0))
+
+
+def test_the_interval_of_a_share_is_the_binomials() -> None:
+    share = summary(one_call=column("one_call", "x." * 200)).arms["one_call"].share
+    assert share.value == 0.5
+    assert share.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.008)
+    assert share.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.008)
 
 
 def test_the_same_lines_and_seed_give_the_same_intervals() -> None:
@@ -305,12 +313,19 @@ def test_the_table_tells_every_arm_and_every_target() -> None:
     assert "tiny" in told and "a CPU" in told
 
 
-def test_the_plot_is_an_svg_with_a_bar_as_long_as_the_share() -> None:
+def test_the_plot_is_an_svg_whose_bars_end_where_the_axis_says() -> None:
     found = summary(one_call=column("one_call", "x..."), loop=column("loop", "xx.."))
     root = ElementTree.fromstring(svg(found))
-    bars = {e.get("class"): float(e.get("width", 0)) for e in root.iter() if "bar" in e.get("class", "")}
-    assert bars["bar loop"] == pytest.approx(2 * bars["bar"], rel=0.01)
-    texts = " ".join(e.text or "" for e in root.iter() if e.tag.endswith("text"))
+    bars = [e for e in root.iter() if "bar" in e.get("class", "").split()]
+    ends = [float(bar.get("x", 0)) + float(bar.get("width", 0)) for bar in bars]
+    at = {e.text: float(e.get("x", 0)) for e in root.iter() if (e.text or "").endswith(" %")}
+    one_percent = (at["80 %"] - at["40 %"]) / 40
+    assert ends[0] == pytest.approx(at["40 %"] - 15 * one_percent, abs=0.2)
+    assert ends[1] == pytest.approx(at["40 %"] + 10 * one_percent, abs=0.2)
+    texts = " ".join(e.text or "" for e in root.iter())
     assert "1 solved" in texts and "2 solved" in texts
+    few = summary(one_call=column("one_call", "x" + "." * 99))
+    last = [e for e in ElementTree.fromstring(svg(few)).iter() if (e.text or "").endswith(" %")][-1]
+    assert (last.text, float(last.get("x", 0))) == ("5 %", at["100 %"])
     nothing = summary(one_call=column("one_call", "...."))
     assert ElementTree.fromstring(svg(nothing)).tag.endswith("svg")
