@@ -171,14 +171,14 @@ def test_without_a_nats_server_it_says_what_to_install(monkeypatch: pytest.Monke
 
 
 async def test_the_owner_finds_the_way_in_and_nobody_else_does(tmp_path: Path) -> None:
-    embedded = await EmbeddedNats.start(tmp_path, credentials="me:a b/c")
+    embedded = await EmbeddedNats.start(tmp_path, credentials="me:a-b_c")
     try:
         login = tmp_path / "nats" / "url"
         assert login.stat().st_mode & 0o077 == 0
         client = await nats.connect(login.read_text().strip(), allow_reconnect=False)
         await client.flush()
         await client.close()
-        assert embedded.credentials == "me:a b/c"
+        assert embedded.credentials == "me:a-b_c"
     finally:
         await embedded.aclose()
 
