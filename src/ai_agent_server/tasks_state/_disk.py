@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ai_agent_server.errors import StoreFullError, StoreUnusableError
+from ai_agent_server.errors import StoreError, StoreFullError, StoreUnusableError
 
 TEMPORARY = ".tmp"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 # EFBIG is a limit on file size (ulimit -f): as for a quota, what helps is space.
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The error numbers of a disk without space."""
 
 
 @contextmanager
@@ -21,10 +22,15 @@ def translated(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        where = exc.filename or path
-        if exc.errno in _FULL:
-            raise StoreFullError(f"no space left for {where}: {exc.strerror}") from exc
-        raise StoreUnusableError(f"{where}: {exc.strerror}") from exc
+        raise meaning(exc, path) from exc
+
+
+def meaning(problem: OSError, path: Path | str) -> StoreError:
+    """The store's error for what the system says about `path`."""
+    where = problem.filename or path
+    if problem.errno in FULL:
+        return StoreFullError(f"no space left for {where}: {problem.strerror}")
+    return StoreUnusableError(f"{where}: {problem.strerror}")
 
 
 def place(path: Path, content: bytes) -> None:
@@ -32,16 +38,8 @@ def place(path: Path, content: bytes) -> None:
 
     Raises `OSError`; the temporary file is gone then.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = beside(path, content, sync=True)
     try:
-        descriptor = os.open(temporary, _NEW, 0o600)
-        try:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
         temporary.rename(path)
     except OSError:
         with suppress(OSError):
@@ -49,10 +47,41 @@ def place(path: Path, content: bytes) -> None:
         raise
 
 
-def remove(path: Path) -> None:
-    """Remove `path` for good. Raises `OSError`."""
-    path.unlink(missing_ok=True)
-    sync_folder(path.parent)
+def beside(path: Path, content: bytes, *, sync: bool) -> Path:
+    """Write `content` to a temporary file beside `path`, and answer where.
+
+    Raises `OSError`; the temporary file is gone then.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        descriptor = os.open(temporary, _NEW, 0o600)
+        try:
+            write_all(descriptor, content)
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    return temporary
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write every byte. Raises `OSError`; a part may be written then."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut. Raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

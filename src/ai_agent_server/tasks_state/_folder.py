@@ -1,26 +1,38 @@
 """The state folder: its lock, its layout, what is in it at the start, and each task's file. Blocking."""
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import structlog
 
 from ai_agent_server.core.task_packet import TaskPacket, TaskSummary
-from ai_agent_server.errors import CorruptTaskError, StoreFullError, StoreUnusableError, TaskNotFoundError
+from ai_agent_server.errors import (
+    CorruptTaskError,
+    StoreError,
+    StoreFullError,
+    StoreUnusableError,
+    TaskNotFoundError,
+)
 from ai_agent_server.tasks_state._disk import (
+    FULL,
     TEMPORARY,
     FolderLock,
+    beside,
+    meaning,
     place,
-    remove,
     sync_folder,
     translated,
 )
 from ai_agent_server.tasks_state._files import Blobs, Written, blobs_in, decode, decode_head, encode
 from ai_agent_server.tasks_state._index import is_canonical
+from ai_agent_server.tasks_state._journal import Frame, Journal, frames, segments, sync_files
 
 _PROBE_BYTES = 4096
+_T = TypeVar("_T")
 _SHARDS = tuple(f"{number:02x}" for number in range(256))
 
 log = structlog.get_logger(__name__)
@@ -42,11 +54,26 @@ class Found(msgspec.Struct, kw_only=True):
     """How many files lie in `corrupt/`."""
 
 
-class TaskFolder:
-    """`tasks_state/<shard>/<task_id>.json`, `blobs/<sha256>`, `corrupt/` and `lock` below `root`.
+class Change(msgspec.Struct, kw_only=True, eq=False):
+    """A change of one task's file that is prepared, and takes place with `TaskFolder.commit`."""
 
-    For threads: every method blocks. Different tasks may be written at the same time, one task only
-    by one thread at a time.
+    task_id: str
+    path: Path
+    content: bytes = b""
+    """What the file is to hold; b"" removes it."""
+    temporary: Path | None = None
+    written: Written | None = None
+    gained: frozenset[str] = frozenset()
+    """Blobs that it counts as a user of, if it takes place."""
+    lost: frozenset[str] = frozenset()
+    """Blobs that it lets go of, if it takes place."""
+    problem: StoreError | None = None
+
+
+class TaskFolder:
+    """`tasks_state/<shard>/<task_id>.json`, `blobs/<sha256>`, `journal/`, `corrupt/`, `lock` below `root`.
+
+    For threads: every method blocks. What changes something is called by one thread at a time.
     """
 
     def __init__(self, root: Path) -> None:
@@ -55,6 +82,7 @@ class TaskFolder:
         self._corrupt = root / "corrupt"
         self._blobs = Blobs(root / "blobs")
         self._lock = FolderLock(root)
+        self._journal = Journal(root / "journal", self.path)
 
     def open(self) -> Found:
         """Lock the folder and read it. What is no task is moved to `corrupt/`, never overwritten.
@@ -68,7 +96,7 @@ class TaskFolder:
             self._lock.acquire()
             with suppress(StoreFullError):  # ended tasks can be read, and deleted to make space
                 self.probe()
-            for folder in (self._tasks, self._blobs.root):
+            for folder in (self._tasks, self._blobs.root, self._journal.folder):
                 folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self.root)
             for path in list(self._tasks.iterdir()):
@@ -78,6 +106,7 @@ class TaskFolder:
             for name in _SHARDS:
                 (self._tasks / name).mkdir(mode=0o700, exist_ok=True)
             sync_folder(self._tasks)
+            self._replay()
             found = Found(summaries=[], live=[])
             for name in _SHARDS:
                 self._scan(self._tasks / name, found)
@@ -85,6 +114,11 @@ class TaskFolder:
             if not found.corrupt:  # a blob may belong to a task that somebody is yet to repair
                 self._blobs.sweep()
         return found
+
+    def settle(self) -> None:
+        """Leave nothing but task files, safe themselves. Raises `StoreError` children."""
+        with translated(self._journal.folder):
+            self._journal.close()
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -95,21 +129,47 @@ class TaskFolder:
         # The shard is of the id's tail: the head of a UUIDv7 is the time, the same for all of a day.
         return self._tasks / task_id[-2:] / f"{task_id}.json"
 
-    def write(self, packet: TaskPacket, before: Written | None) -> Written:
-        """Make the task's file say `packet`; `before` is what the last write answered.
+    def write(self, packet: TaskPacket, before: Written | None) -> Change:
+        """Prepare that the task's file says `packet`; `before` is what its last write answered.
 
-        Raises `StoreError` children; the file is as it was then, and its next write may succeed.
+        Raises `StoreError` children; nothing is left then.
         """
         path = self.path(packet.task_id)
         with translated(path):
-            content, written = encode(packet, before, self._blobs)
-            try:
-                place(path, content)
-            except OSError:
-                self._blobs.drop(written.blobs - before.blobs if before else written.blobs)
-                raise
-            sync_folder(path.parent)
-        return written
+            return self._with_space(lambda: self._written(packet, before, path))
+
+    def commit(self, changes: Sequence[Change]) -> None:
+        """Make changes of different tasks take place, safe with one fsync; `problem` says which did not.
+
+        The journal comes first. What fails before it leaves nothing, and what fails after it makes
+        the files themselves safe and ends the journal: no start finds what was refused.
+        """
+        try:
+            self._with_space(
+                lambda: self._journal.append([Frame(change.task_id, change.content) for change in changes])
+            )
+        except OSError as exc:
+            for change in changes:
+                change.problem = meaning(exc, change.path)
+        else:
+            for change in changes:
+                try:
+                    if change.temporary:
+                        change.temporary.rename(change.path)
+                    else:
+                        change.path.unlink(missing_ok=True)
+                except OSError as exc:
+                    change.problem = meaning(exc, change.path)
+            if any(change.problem for change in changes):
+                try:
+                    self._journal.settle()
+                except OSError as exc:
+                    log.warning("store.journal_not_settled", problem=str(exc))
+        for change in changes:
+            if change.problem and change.temporary:
+                with suppress(OSError):
+                    change.temporary.unlink()
+            self._blobs.drop(change.gained if change.problem else change.lost)
 
     def read(self, task_id: str) -> TaskPacket:
         """The packet in the task's file. Raises `TaskNotFoundError` or `CorruptTaskError`."""
@@ -121,16 +181,15 @@ class TaskFolder:
                 raise TaskNotFoundError(task_id) from exc
             return decode(content, self._blobs)[0]
 
-    def remove(self, task_id: str) -> None:
-        """Remove the task's file, and the blobs that only it used."""
+    def remove(self, task_id: str) -> Change:
+        """Prepare that the task's file goes, and the blobs that only it used."""
         path = self.path(task_id)
         with translated(path):
             try:
-                digests = blobs_in(path.read_bytes())
+                lost = blobs_in(path.read_bytes())
             except FileNotFoundError:
-                return
-            remove(path)
-        self._blobs.drop(digests)
+                lost = frozenset()
+        return Change(task_id=task_id, path=path, lost=lost)
 
     def probe(self) -> int:
         """Write a little, and answer how many bytes are free. Raises `StoreError` children."""
@@ -142,6 +201,83 @@ class TaskFolder:
                 path.unlink(missing_ok=True)
             free = os.statvfs(self.root)
             return free.f_bavail * free.f_frsize
+
+    def _written(self, packet: TaskPacket, before: Written | None, path: Path) -> Change:
+        content, written = encode(packet, before, self._blobs)
+        gained = written.blobs - before.blobs if before else written.blobs
+        try:
+            temporary = beside(path, content, sync=False)
+        except OSError:
+            self._blobs.drop(gained)
+            raise
+        return Change(
+            task_id=packet.task_id,
+            path=path,
+            content=content,
+            temporary=temporary,
+            written=written,
+            gained=gained,
+        )
+
+    def _with_space(self, work: Callable[[], _T]) -> _T:
+        """What `work` answers; where there is no space, once more without what the journal takes."""
+        nothing_to_free = self._journal.is_empty
+        try:
+            return work()
+        except OSError as exc:
+            if exc.errno not in FULL or nothing_to_free:
+                raise
+            self._journal.settle()
+            return work()
+
+    def _replay(self) -> None:
+        """Bring the files to where the journal is that a crash left, and end it."""
+        left = segments(self._journal.folder)
+        if not left:
+            return
+        newest: dict[str, bytes] = {}
+        new_again: set[str] = set()
+        broken: set[Path] = set()
+        for path in left:
+            for frame, is_after_broken in frames(path.read_bytes()):
+                if frame.content and newest.get(frame.task_id) == b"":
+                    new_again.add(frame.task_id)
+                newest[frame.task_id] = frame.content
+                if is_after_broken:
+                    broken.add(path)
+        replayed = sum(
+            self._bring(task_id, content, whatever=task_id in new_again)
+            for task_id, content in newest.items()
+        )
+        sync_files(self.path(task_id) for task_id in newest)
+        for path in left:
+            if path in broken:
+                self._move_aside(path, "a part that is broken, with whole ones behind it")
+            else:
+                path.unlink()
+            sync_folder(self._journal.folder)
+        log.warning("store.journal_replayed", segments=len(left), tasks=len(newest), changed=replayed)
+
+    def _bring(self, task_id: str, content: bytes, *, whatever: bool) -> bool:
+        """Whether the task's file had to be changed to say what its last frame says."""
+        path = self.path(task_id)
+        try:
+            there = path.read_bytes()
+        except FileNotFoundError:
+            there = b""
+        except IsADirectoryError:  # the scan moves it aside
+            return False
+        if there == content:
+            return False
+        if not content:
+            path.unlink(missing_ok=True)
+            return True
+        if there and not whatever:
+            with suppress(CorruptTaskError):
+                if decode_head(there).revision > decode_head(content).revision:
+                    return False
+        place(path, content)
+        return True
 
     def _scan(self, shard: Path, found: Found) -> None:
         for path in list(shard.iterdir()):

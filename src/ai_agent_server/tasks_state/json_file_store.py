@@ -17,40 +17,41 @@ import structlog
 from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, summary
 from ai_agent_server.errors import StoreError, StoreUnusableError
 from ai_agent_server.tasks_state._files import Written
-from ai_agent_server.tasks_state._folder import Stored, TaskFolder
+from ai_agent_server.tasks_state._folder import Change, Stored, TaskFolder
 from ai_agent_server.tasks_state._index import TaskIndex, first_state, is_canonical, next_state
 from ai_agent_server.tasks_state.base import StoreHealth, TaskFilter, TaskPage
 
 __all__ = ("JsonFileStore",)
 
 _T = TypeVar("_T")
-# A journal takes the fsyncs of many at once: eight wait hardly longer than one does.
-_WRITERS = 8
 _READERS = 2
+_BATCH = 64
+"""How many changes share one fsync at most."""
 
 log = structlog.get_logger(__name__)
 
 
 class _Job(msgspec.Struct, kw_only=True, eq=False):
-    """One change of one task's file: `work` runs in a writer, then `publish` and `done` on the loop."""
+    """One change of one task's file: `prepare` runs in the writer, `publish` and `done` on the loop."""
 
     task_id: str
     key: str | None
-    work: Callable[[], Written | None]
+    prepare: Callable[[], Change]
     publish: Callable[[Written | None], None]
     done: "asyncio.Future[BaseException | None]"
-    written: Written | None = None
+    change: Change | None = None
     problem: BaseException | None = None
 
 
 class JsonFileStore:
     """Task files below `root`: `tasks_state/<shard>/<task_id>.json`, large objects in `blobs/`.
 
-    A file is written whole to a temporary one beside it, fsynced, renamed, and its folder fsynced,
-    in one of a few writer threads; only then is the new state in memory and answered. At most one
-    write of a task is under way, so the queue to the writers is never longer than there are live
-    tasks. A write belongs to the store, not to the one who waits for it: who is cancelled leaves a
-    write that still ends, and that memory takes note of.
+    One writer thread takes all changes that wait, writes each to a temporary file, then all to the
+    journal with one fsync, and renames each into place; only then is the new state in memory and
+    answered. So the files are whole and current for who reads them, and after a power cut the
+    journal has what they lack. At most one write of a task is under way, so the writer's queue is
+    never longer than there are live tasks. A write belongs to the store, not to the one who waits
+    for it: who is cancelled leaves a write that still ends, and that memory takes note of.
 
     Summaries of all tasks and the packets of live ones are in memory; ended tasks are read back from
     their files. `root` is held by a lock: one server at a time.
@@ -63,7 +64,7 @@ class JsonFileStore:
         self._corrupt = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._readers: ThreadPoolExecutor | None = None
-        self._writers: list[threading.Thread] = []
+        self._writer: threading.Thread | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._finished: deque[_Job] = deque()
         self._woken = False
@@ -89,13 +90,11 @@ class JsonFileStore:
         self._live = {live.packet.task_id: live for live in found.live}
         self._corrupt = found.corrupt
         self._loop = asyncio.get_running_loop()
-        # Daemons: should the loop die without `aclose`, the process still ends, as by a kill.
-        self._writers = [
-            threading.Thread(target=self._write_on, args=(self._loop,), name="task-writer", daemon=True)
-            for _ in range(_WRITERS)
-        ]
-        for writer in self._writers:
-            writer.start()
+        # A daemon: should the loop die without `aclose`, the process still ends, as by a kill.
+        self._writer = threading.Thread(
+            target=self._write_on, args=(self._loop,), name="task-writer", daemon=True
+        )
+        self._writer.start()
         log.info(
             "store.opened",
             root=str(self._folder.root),
@@ -189,15 +188,18 @@ class JsonFileStore:
         )
 
     async def aclose(self) -> None:
-        """End every write under way, then let go of the folder."""
+        """End every write under way, make the files safe without the journal, let go of the folder."""
         self._loop = None
         while self._under_way:
             await asyncio.wait([job.done for job in self._under_way.values()])
-        writers, self._writers = self._writers, []
-        for _ in writers:
+        writer, self._writer = self._writer, None
+        if writer is not None:
             self._jobs.put(None)
-        if writers:
-            await self._in_reader(partial(_join, writers))
+            await self._in_reader(writer.join)
+            try:
+                await self._in_reader(self._folder.settle)
+            except StoreError as exc:  # the journal stays, and the next start has it
+                log.warning("store.not_settled", problem=str(exc))
         self._let_go()
 
     def _let_go(self) -> None:
@@ -218,14 +220,16 @@ class JsonFileStore:
     async def _change(
         self,
         task_id: str,
-        work: Callable[[], Written | None],
+        prepare: Callable[[], Change],
         publish: Callable[[Written | None], None],
         *,
         key: str | None = None,
     ) -> None:
         if self._loop is None:
             raise self._closed()
-        job = _Job(task_id=task_id, key=key, work=work, publish=publish, done=self._loop.create_future())
+        job = _Job(
+            task_id=task_id, key=key, prepare=prepare, publish=publish, done=self._loop.create_future()
+        )
         self._under_way[task_id] = job
         if key is not None:
             self._keys_under_way[key] = job
@@ -242,8 +246,8 @@ class JsonFileStore:
             del self._under_way[job.task_id]
             if job.key is not None:
                 del self._keys_under_way[job.key]
-            if job.problem is None:
-                job.publish(job.written)
+            if job.problem is None and job.change is not None:
+                job.publish(job.change.written)
             else:
                 log.error("store.write_failed", task_id=job.task_id, problem=str(job.problem))
             job.done.set_result(job.problem)
@@ -259,20 +263,45 @@ class JsonFileStore:
         return StoreUnusableError(f"{self._folder.root} is not open")
 
     def _write_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        """A writer thread's whole life."""
-        while (job := self._jobs.get()) is not None:
-            try:
-                job.written = job.work()
-            except Exception as exc:  # noqa: BLE001  (a worker's loop: it is raised where it was asked for)
-                job.problem = exc
-            self._finished.append(job)
+        """The writer thread's whole life."""
+        while batch := _next_batch(self._jobs):
+            self._write(batch)
+            self._finished.extend(batch)
             # One wake-up for all that ends before the loop gets to it.
             if not self._woken:
                 self._woken = True
                 with suppress(RuntimeError):  # the loop is closed: nobody waits
                     loop.call_soon_threadsafe(self._drain)
 
+    def _write(self, batch: Sequence[_Job]) -> None:
+        try:
+            for job in batch:
+                self._prepare(job)
+            if changes := [job.change for job in batch if job.change is not None]:
+                self._folder.commit(changes)
+        except Exception as exc:  # noqa: BLE001  (a worker's loop: it is raised where it was asked for)
+            for job in batch:
+                job.problem = job.problem or exc
+        for job in batch:
+            if job.change is not None:
+                job.problem = job.problem or job.change.problem
 
-def _join(threads: Sequence[threading.Thread]) -> None:
-    for thread in threads:
-        thread.join()
+    def _prepare(self, job: _Job) -> None:
+        try:
+            job.change = job.prepare()
+        except Exception as exc:  # noqa: BLE001  (as above: this job's problem, not the batch's)
+            job.problem = exc
+
+
+def _next_batch(jobs: queue.SimpleQueue[_Job | None]) -> Sequence[_Job]:
+    """All that waits, at least one job; none when the end was put in."""
+    batch: list[_Job] = []
+    job = jobs.get()
+    while job is not None:
+        batch.append(job)
+        if len(batch) == _BATCH or jobs.empty():
+            break
+        job = jobs.get()
+    if job is None and batch:
+        jobs.put(None)
+    return batch

@@ -1,0 +1,215 @@
+"""The write-ahead journal: what makes many changes of task files safe with one fsync. Blocking; for threads.
+
+A segment is a row of frames: magic, length and CRC-32 of what follows, a task's id, the whole content
+of its file (none: the task is deleted). The magic is no UTF-8, so no content can pretend to be a frame.
+"""
+
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from zlib import crc32
+
+import msgspec
+import structlog
+
+from ai_agent_server.tasks_state._disk import sync_file, sync_folder, write_all
+from ai_agent_server.tasks_state._index import is_canonical
+
+SUFFIX = ".log"
+SEGMENT_BYTES = 32 * 1024 * 1024
+"""From here on the journal goes on in another segment, and the files that this one names are synced."""
+_BACKLOG = 4
+"""A segment is at most so many times as long: then its writer waits for the checkpoint of the one before."""
+_MAGIC = b"\xfftj1"
+_HEADER = struct.Struct(">4sII")
+_ID_BYTES = 36
+
+log = structlog.get_logger(__name__)
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """One change: the content that the task's file is to have, b"" where it is to be gone."""
+
+    task_id: str
+    content: bytes
+
+
+class _Segment(msgspec.Struct, kw_only=True, eq=False):
+    path: Path
+    descriptor: int
+    size_bytes: int = 0
+    task_ids: set[str]
+
+
+class Journal:
+    """Frames in `folder/<number>.log`, until the files that they name are safe themselves.
+
+    Owned by one thread at a time. `file_of` says where a task's file is.
+    """
+
+    def __init__(
+        self, folder: Path, file_of: Callable[[str], Path], *, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
+        self.folder = folder
+        self._file_of = file_of
+        self._segment_bytes = segment_bytes
+        self._number = 0
+        self._segment: _Segment | None = None
+        self._older: list[_Segment] = []
+        self._checkpoint: threading.Thread | None = None
+        self._doubtful = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it takes no space that `settle` could free."""
+        return self._segment is None and not self._older
+
+    def append(self, frames: Sequence[Frame]) -> None:
+        """Make the frames safe, all with one fsync. The files may be changed when this returns.
+
+        Raises `OSError`; then none of them is in the journal any more.
+        """
+        if self._doubtful:
+            self.settle()
+        self._go_on()
+        content = b"".join(_encoded(frame) for frame in frames)
+        try:
+            segment = self._segment or self._begin()
+            write_all(segment.descriptor, content)
+            os.fdatasync(segment.descriptor)
+        except OSError:
+            self._doubtful = True
+            self.settle()
+            raise
+        segment.size_bytes += len(content)
+        segment.task_ids.update(frame.task_id for frame in frames)
+
+    def settle(self) -> None:
+        """Make the files themselves safe as they are now, and remove the journal.
+
+        Also the way out when a frame says what did not become true. Raises `OSError`; then nothing is
+        taken until this succeeds.
+        """
+        self._doubtful = True
+        self._join()
+        if self._segment is not None:
+            self._older.append(self._segment)
+            self._segment = None
+        while self._older:
+            self._retire(self._older[0])
+            del self._older[0]
+        self._doubtful = False
+
+    def close(self) -> None:
+        """Settle, and let go; what cannot be settled stays for the next start. Raises `OSError`."""
+        try:
+            self.settle()
+            with suppress(OSError):  # somebody else's file in it is left alone
+                self.folder.rmdir()
+        finally:
+            for segment in self._older:
+                os.close(segment.descriptor)
+            self._older.clear()
+
+    def _begin(self) -> _Segment:
+        self._number += 1
+        path = self.folder / f"{self._number:08}{SUFFIX}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        segment = _Segment(path=path, descriptor=os.open(path, flags, 0o600), task_ids=set())
+        self._segment = segment
+        sync_folder(self.folder)
+        return segment
+
+    def _go_on(self) -> None:
+        """Leave a full segment to a checkpoint in the background, one at a time."""
+        segment = self._segment
+        if segment is None or segment.size_bytes < self._segment_bytes:
+            return
+        if self._checkpoint is not None and self._checkpoint.is_alive():
+            if segment.size_bytes < _BACKLOG * self._segment_bytes:
+                return
+            self._join()
+        self._older.append(segment)
+        self._segment = None
+        self._checkpoint = threading.Thread(target=self._retire_older, name="task-checkpoint", daemon=True)
+        self._checkpoint.start()
+
+    def _join(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.join()
+            self._checkpoint = None
+
+    def _retire_older(self) -> None:
+        while self._older:
+            try:
+                self._retire(self._older[0])
+            except OSError as exc:
+                # It stays, and with it all that it keeps safe; the next checkpoint tries again.
+                log.warning("store.checkpoint_failed", segment=str(self._older[0].path), problem=str(exc))
+                return
+            del self._older[0]
+
+    def _retire(self, segment: _Segment) -> None:
+        sync_files(self._file_of(task_id) for task_id in segment.task_ids)
+        # Its unlink is safe before the next one's: what is left is always the journal's newer part.
+        segment.path.unlink(missing_ok=True)
+        sync_folder(self.folder)
+        os.close(segment.descriptor)
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Make files, or that they are gone, survive a power cut, each folder once. Raises `OSError`."""
+    folders: set[Path] = set()
+    for path in paths:
+        folders.add(path.parent)
+        with suppress(FileNotFoundError):
+            sync_file(path)
+    for folder in folders:
+        sync_folder(folder)
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments that a crash left, oldest first."""
+    return sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
+
+
+def frames(content: bytes) -> Iterator[tuple[Frame, bool]]:
+    """The whole frames of a segment, in order, each with whether something broken lies before it.
+
+    What is broken at the end is a write that a crash cut off, and is left out: nobody was told of it.
+    """
+    broken = False
+    offset = 0
+    while offset < len(content):
+        frame = _frame_at(content, offset)
+        if frame is None:
+            broken = True
+            following = content.find(_MAGIC, offset + 1)
+            offset = following if following >= 0 else len(content)
+            continue
+        yield frame, broken
+        broken = False
+        offset += _HEADER.size + _ID_BYTES + len(frame.content)
+
+
+def _encoded(frame: Frame) -> bytes:
+    task_id = frame.task_id.encode("ascii")
+    length = _ID_BYTES + len(frame.content)
+    check = crc32(frame.content, crc32(task_id, length))
+    return b"".join((_HEADER.pack(_MAGIC, length, check), task_id, frame.content))
+
+
+def _frame_at(content: bytes, offset: int) -> Frame | None:
+    body = offset + _HEADER.size
+    if body + _ID_BYTES > len(content):
+        return None
+    magic, length, check = _HEADER.unpack_from(content, offset)
+    if magic != _MAGIC or length < _ID_BYTES or body + length > len(content):
+        return None
+    if crc32(memoryview(content)[body : body + length], length) != check:
+        return None
+    task_id = content[body : body + _ID_BYTES].decode("ascii", "replace")
+    return Frame(task_id, content[body + _ID_BYTES : body + length]) if is_canonical(task_id) else None
