@@ -1,6 +1,7 @@
 """A channel inside the process: the same promises without a server, and nothing survives a restart."""
 
 import asyncio
+import uuid
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -26,6 +27,8 @@ class MemoryChannel:
         self._kept: deque[_Message] = deque(maxlen=MAX_KEPT)
         self._dedupe: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._groups: dict[tuple[str, str], _Group] = {}
+        # Who keeps a message's id keeps it for longer than this channel lives: no run repeats another's.
+        self._run = uuid.uuid4().hex
         self._published = 0
         self._is_closed = False
 
@@ -45,7 +48,7 @@ class MemoryChannel:
             if len(self._dedupe) > MAX_KEPT:
                 self._dedupe.popitem(last=False)
         self._published += 1
-        message = _Message(subject, body, dedupe_id or f"memory:{self._published}")
+        message = _Message(subject, body, dedupe_id or f"memory:{self._run}:{self._published}")
         self._kept.append(message)
         for group in takers:
             group.put(message)
