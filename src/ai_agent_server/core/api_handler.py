@@ -61,6 +61,7 @@ from ai_agent_server.core.task_packet import (
     Rejected,
     TaskDraft,
     TaskPacket,
+    is_task_id,
 )
 from ai_agent_server.errors import AgentServerError, InvalidPacketError, TaskNotFoundError, UnknownLLMError
 from ai_agent_server.load_balancer.base import LLMView
@@ -74,7 +75,6 @@ WRITE_TIMEOUT_S = 30.0
 AnyRequest: TypeAlias = Request[Any, Any, Any]
 T = TypeVar("T")
 
-_TASK_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(;.*)?", re.IGNORECASE)
 _FINAL = (Completed, Failed, Canceled, Rejected)
@@ -527,7 +527,7 @@ def _preferred_wait_s(request: AnyRequest) -> float | None:
 
 def _checked_id(task_id: str) -> str:
     """`task_id` where it is one; nothing else ever gets near a file's name."""
-    if not _TASK_ID.fullmatch(task_id):
+    if not is_task_id(task_id):
         raise TaskNotFoundError(task_id[:64])
     return task_id
 
