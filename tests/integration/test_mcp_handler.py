@@ -22,6 +22,7 @@ from ai_agent_server.core.api_schemas import problem_kind
 from ai_agent_server.core.mcp_handler import REASONS, McpHandler
 from ai_agent_server.core.task_packet import (
     Completed,
+    FeedbackDraft,
     Hop,
     Started,
     StepFinished,
@@ -30,7 +31,15 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     Via,
 )
-from ai_agent_server.errors import ChannelError, IntakeFullError, StoreError, StoreFullError
+from ai_agent_server.errors import (
+    ChannelError,
+    CorruptTaskError,
+    IntakeFullError,
+    ShuttingDownError,
+    StoreError,
+    StoreFullError,
+    StoreUnusableError,
+)
 from tests.servers.nats import NatsServer, a_nats_server
 from tests.servers.orchestration_double import OrchestrationDouble
 
@@ -39,7 +48,7 @@ PACKET: dict[str, Any] = {"profile": "developer", "role": "planner", "payload": 
 
 
 class Engine(OrchestrationDouble):
-    """A double whose `submit` can be held, and can fail as often as a test says."""
+    """A double that can be held, and can fail as often as a test says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +56,9 @@ class Engine(OrchestrationDouble):
         self.gate.set()
         self.refusals: list[Exception] = []
         self.submitting = 0
+        self.reported = asyncio.Event()
+        self.report_gate = asyncio.Event()
+        self.report_gate.set()
 
     async def submit(
         self, draft: TaskDraft, *, via: Via, idempotency_key: str | None = None
@@ -56,6 +68,16 @@ class Engine(OrchestrationDouble):
         if self.refusals:
             raise self.refusals.pop(0)
         return await super().submit(draft, via=via, idempotency_key=idempotency_key)
+
+    async def feedback(
+        self, task_id: str, draft: FeedbackDraft, *, via: Via, message_id: str = ""
+    ) -> TaskPacket:
+        if self.refusals:
+            raise self.refusals.pop(0)
+        packet = await super().feedback(task_id, draft, via=via, message_id=message_id)
+        self.reported.set()
+        await self.report_gate.wait()
+        return packet
 
     def only(self) -> TaskPacket:
         (packet,) = self.tasks.values()
@@ -295,8 +317,17 @@ async def test_two_equal_packets_without_an_id_are_two_tasks(
     await until(lambda: len(engine.tasks) == 2)
 
 
-@pytest.mark.parametrize("refusal", [StoreFullError("no space"), IntakeFullError(7, retry_after_s=0.02)])
-async def test_a_full_server_takes_the_packet_later_however_often_it_was_full(
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        IntakeFullError(7, retry_after_s=0.02),
+        ShuttingDownError(retry_after_s=0.02),
+        StoreFullError("no space"),
+        StoreUnusableError("read-only"),
+        StoreError("the disk answers nonsense"),
+    ],
+)
+async def test_a_packet_that_cannot_be_kept_now_is_taken_later_however_often_that_was(
     refusal: Exception, handler: McpHandler, engine: Engine, outside: Outside
 ) -> None:
     engine.refusals = [refusal] * 12
@@ -309,12 +340,24 @@ async def test_a_full_server_takes_the_packet_later_however_often_it_was_full(
 async def test_a_packet_that_fails_again_and_again_ends_as_a_dead_letter(
     handler: McpHandler, engine: Engine, outside: Outside
 ) -> None:
-    engine.refusals = [StoreError("the disk answers nonsense")] * 20
-    await outside.publish(INBOUND, PACKET)
+    engine.refusals = [CorruptTaskError("no task file")] * 20
+    packet = PACKET | {"payload": {"task": "x" * 200_000}}
+    await outside.publish(INBOUND, packet)
     await until(lambda: handler.health().dead_letters == 1)
     assert engine.submitting == 6
     (letter,) = await outside.kept(DEAD_LETTERS)
-    assert (letter["reason"], letter["problem"]) == ("failed", "the disk answers nonsense")
+    assert (letter["reason"], letter["problem"]) == ("failed", "no task file")
+    assert letter["truncated"] is False
+    assert msgspec.json.decode(letter["body"]) == packet
+
+
+async def test_a_packet_that_failed_and_is_too_large_for_a_dead_letter_stays_until_it_is_taken(
+    handler: McpHandler, engine: Engine, outside: Outside
+) -> None:
+    engine.refusals = [CorruptTaskError("no task file")] * 9
+    await outside.publish(INBOUND, PACKET | {"payload": {"task": '"' * 400_000}})
+    await until(lambda: len(engine.tasks) == 1)
+    assert handler.health().dead_letters == 0
 
 
 async def test_a_fault_with_one_packet_does_not_end_the_messaging(
@@ -538,6 +581,7 @@ async def test_a_report_of_while_the_handler_was_away_is_taken_when_it_is_back(
         ({"role": "qa", "outcome": "pass"}, "invalid-packet", "/task_id"),
         ({"role": "qa", "outcome": "pass", "task_id": "../x"}, "task-not-found", ""),
         ({"role": "qa", "outcome": "pass", "task_id": str(uuid.uuid4())}, "task-not-found", ""),
+        ({"role": "qa", "outcome": "pass", "task_id": uuid.uuid4().hex}, "task-not-found", ""),
         ({"role": "qa", "outcome": "pass", "kind": "verdict"}, "invalid-packet", "/kind"),
         ({"role": "qa", "outcome": "pass", "verdict": 1}, "invalid-packet", "/verdict"),
     ],
@@ -588,7 +632,115 @@ async def test_what_was_taken_but_not_confirmed_is_not_taken_twice(engine: Engin
     await channel.aclose()
 
 
+@pytest.mark.parametrize("refusal", [StoreFullError("no space"), StoreUnusableError("read-only")])
+async def test_a_report_that_cannot_be_kept_now_is_taken_later_however_often_that_was(
+    refusal: Exception, handler: McpHandler, engine: Engine, outside: Outside
+) -> None:
+    packet, _ = await engine.submit(msgspec.convert(PACKET, TaskDraft), via="rest")
+    engine.refusals = [refusal] * 9
+    await outside.publish(FEEDBACK, {"task_id": packet.task_id, "role": "qa", "outcome": "pass"})
+    await until(lambda: handler.health().feedback == 1)
+    assert engine.only().revision == 2
+    assert await outside.kept(DEAD_LETTERS) == []
+
+
+async def test_a_report_that_was_kept_but_not_confirmed_before_the_end_counts_once(
+    engine: Engine, channel: NatsChannel, outside: Outside, tmp_path: Path
+) -> None:
+    packet, _ = await engine.submit(msgspec.convert(PACKET, TaskDraft), via="rest")
+    engine.report_gate.clear()
+    async with a_handler(engine, channel, tmp_path, shutdown_s=0.05):
+        await outside.publish(FEEDBACK, {"task_id": packet.task_id, "role": "qa", "outcome": "fail"})
+        await engine.reported.wait()
+    engine.report_gate.set()
+    async with a_handler(engine, channel, tmp_path) as handler:
+        await until(lambda: handler.health().feedback == 1)
+    assert engine.only().revision == 2
+
+
+async def test_a_channel_in_memory_never_names_a_message_as_an_earlier_one_did(
+    engine: Engine, tmp_path: Path
+) -> None:
+    packet, _ = await engine.submit(msgspec.convert(PACKET, TaskDraft), via="rest")
+    report = msgspec.json.encode({"task_id": packet.task_id, "role": "qa", "outcome": "fail"})
+
+    async def run(folder: Path) -> None:
+        channel = MemoryChannel()
+        async with a_handler(engine, channel, folder) as handler:
+            await channel.publish(FEEDBACK, report)
+            await until(lambda: handler.health().feedback == 1)
+        await channel.aclose()
+
+    await run(tmp_path / "one")
+    await run(tmp_path / "two")
+    assert engine.only().revision == 3
+
+
+# --- health ---
+
+
+async def test_health_says_that_the_messaging_has_stopped(engine: Engine, tmp_path: Path) -> None:
+    channel = MemoryChannel()
+    async with a_handler(engine, channel, tmp_path) as handler:
+        assert handler.health().ended is False
+    assert (handler.health().ended, handler.health().fault) == (True, "")
+    await channel.aclose()
+
+
+async def test_health_says_what_ended_the_messaging_while_the_channel_is_well(
+    engine: Engine, tmp_path: Path
+) -> None:
+    channel = MemoryChannel()
+    engine.failing = RuntimeError("a bug")
+    with pytest.raises(RuntimeError):
+        async with a_handler(engine, channel, tmp_path) as handler:
+            await until(lambda: handler.health().ended)
+            assert handler.health().channel.state == "connected"
+            assert handler.health().fault == "RuntimeError: a bug"
+    await channel.aclose()
+
+
 # --- metrics ---
+
+
+async def test_a_fault_in_a_gauge_costs_a_snapshot_and_no_message(
+    engine: Engine, channel: NatsChannel, outside: Outside, tmp_path: Path
+) -> None:
+    faults = [RuntimeError("a bad gauge"), ZeroDivisionError()]
+
+    def metrics() -> bytes:
+        if faults:
+            raise faults.pop()
+        return b"{}"
+
+    async with a_handler(engine, channel, tmp_path, metrics=metrics, metrics_interval_s=0.05) as handler:
+
+        async def came() -> bool:
+            return len(await outside.kept(METRICS)) >= 1
+
+        await until(came)
+        await outside.publish(INBOUND, PACKET)
+        await until(lambda: handler.health().accepted == 1)
+
+
+@pytest.mark.parametrize("interval_s", [0.0, -1.0])
+async def test_the_metrics_do_not_come_without_a_pause(
+    interval_s: float, engine: Engine, tmp_path: Path
+) -> None:
+    channel = MemoryChannel()
+    snapshots = 0
+
+    def metrics() -> bytes:
+        nonlocal snapshots
+        snapshots += 1
+        return b"{}"
+
+    async with a_handler(engine, channel, tmp_path, metrics=metrics, metrics_interval_s=interval_s):
+        await until(lambda: snapshots >= 1)
+        for _ in range(2000):
+            await asyncio.sleep(0)
+    assert snapshots < 200
+    await channel.aclose()
 
 
 async def test_the_metrics_come_at_an_interval(

@@ -22,6 +22,7 @@ from ai_agent_server.core.task_packet import (
     TaskEvent,
     TaskPacket,
     Via,
+    is_task_id,
     summary,
 )
 from ai_agent_server.core.transitions import fold
@@ -91,8 +92,8 @@ class OrchestrationDouble:
         if role not in self.roles[profile]:
             raise UnknownRoleError("role", role, self.roles[profile])
         task_id = draft.task_id or str(uuid.uuid4())
-        if draft.task_id is not None:
-            _must_be_uuid(draft.task_id)
+        if not is_task_id(task_id):
+            raise InvalidPacketError("not a UUID", pointer="/task_id", expected="a UUID")
         same = msgspec.json.encode(msgspec.structs.replace(draft, task_id=None, status=None))
         digest = hashlib.sha256(same).hexdigest()
         for key in filter(None, (idempotency_key, draft.task_id)):
@@ -148,9 +149,14 @@ class OrchestrationDouble:
         await self.read(task_id)
         return self.happen(task_id, Canceled(at=datetime.now(UTC)))
 
-    async def feedback(self, task_id: str, draft: FeedbackDraft, *, via: Via) -> TaskPacket:
+    async def feedback(
+        self, task_id: str, draft: FeedbackDraft, *, via: Via, message_id: str = ""
+    ) -> TaskPacket:
         """See `Orchestration.feedback`."""
         packet = await self.read(task_id)
+        earlier = (event.message_id for event in packet.history if isinstance(event, FeedbackReceived))
+        if message_id and message_id in earlier:
+            return packet
         if draft.role not in self.roles[packet.profile]:
             raise InvalidPacketError(f"no role {draft.role!r}", pointer="/role")
         return self.happen(
@@ -161,6 +167,7 @@ class OrchestrationDouble:
                 outcome=draft.outcome,
                 via=via,
                 sender=draft.sender,
+                message_id=message_id,
                 why=draft.why,
                 output=draft.output,
             ),
@@ -208,12 +215,3 @@ class OrchestrationDouble:
         """See `Orchestration.status`."""
         live = sum(not packet.status.is_final for packet in self.tasks.values())
         return EngineStatus(accepting=True, queued=live, running=0, live=live, max_running=4, max_live=1000)
-
-
-def _must_be_uuid(task_id: str) -> None:
-    try:
-        if str(uuid.UUID(task_id)) == task_id:
-            return
-    except ValueError:
-        pass
-    raise InvalidPacketError("not a UUID", pointer="/task_id", expected="a UUID")

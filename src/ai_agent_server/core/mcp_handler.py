@@ -11,13 +11,11 @@ task, at least once, with `task_id:seq` as its id. The metrics snapshot, at an i
 import asyncio
 import base64
 import contextlib
-import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Generic, Literal, Self, TypeVar
-from uuid import UUID
+from typing import Literal, Self
 
 import msgspec
 import structlog
@@ -41,8 +39,10 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     TaskStatus,
     Usage,
+    is_task_id,
 )
 from ai_agent_server.core.transitions import fold
+from ai_agent_server.durable import write_whole
 from ai_agent_server.errors import (
     AgentServerError,
     ChannelError,
@@ -56,7 +56,6 @@ from ai_agent_server.errors import (
     MessageTooLargeError,
     ShuttingDownError,
     StoreError,
-    StoreFullError,
     TaskNotFoundError,
     TaskStateError,
     UnknownRoleError,
@@ -71,6 +70,8 @@ MAX_FAILURES = 5
 MAX_REMEMBERED = 4096
 MAX_HELD_PACKETS = 64
 DEAD_BODY_BYTES = 64 * 1024
+"""Of a message that was wrong itself, as much is kept as shows how; one that we failed is kept whole."""
+METRICS_FLOOR_S = 0.1
 BULKY_BYTES = 4 * 1024
 PAGE = 100
 MARK_EVERY_S = 5.0
@@ -112,7 +113,10 @@ class FeedbackPacket(FeedbackDraft, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A message that could not be taken, and why. Of `body` the first 64 KiB are kept."""
+    """A message that could not be taken, and why.
+
+    Of a `body` that was wrong the first 64 KiB are kept; with `failed` as the reason it is whole.
+    """
 
     reason: str
     problem: str
@@ -125,9 +129,15 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class McpHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """The channel, and what went through it since the start."""
+    """The channel, and what went through it since the start.
+
+    `ended`: messages are not carried any more, whatever the channel says; `fault` is what ended it,
+    "" for a regular stop.
+    """
 
     channel: ChannelHealth
+    ended: bool
+    fault: str
     unpublished_tasks: int
     accepted: int
     feedback: int
@@ -140,28 +150,24 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
     published_until: datetime
 
 
-T = TypeVar("T")
-
-
 class _Kind(msgspec.Struct):
     kind: str = ""
 
 
-class _Remembered(Generic[T]):
-    """The last so many things that were said of a message."""
+class _Failures:
+    """How often each of the last so many messages failed."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._said: OrderedDict[str, T] = OrderedDict()
+        self._counts: OrderedDict[str, int] = OrderedDict()
 
-    def put(self, dedupe_id: str, *, value: T) -> None:
-        self._said[dedupe_id] = value
-        self._said.move_to_end(dedupe_id)
-        if len(self._said) > self._size:
-            self._said.popitem(last=False)
-
-    def get(self, dedupe_id: str) -> T | None:
-        return self._said.get(dedupe_id)
+    def count(self, dedupe_id: str) -> int:
+        """One failure more; answers how many there are now."""
+        failures = self._counts.pop(dedupe_id, 0) + 1
+        self._counts[dedupe_id] = failures
+        if len(self._counts) > self._size:
+            self._counts.popitem(last=False)
+        return failures
 
 
 class _Position:
@@ -198,15 +204,16 @@ class McpHandler:
         self._channel = channel
         self._clock = clock
         self._metrics = metrics
-        self._metrics_interval_s = metrics_interval_s
+        self._metrics_interval_s = max(METRICS_FLOOR_S, metrics_interval_s)
         self._retry_s = retry_s
         self._shutdown_s = shutdown_s
         self._outbox = _Outbox(engine, channel, clock=clock, state_path=state_path, retry_s=retry_s)
         self._stopping = asyncio.Event()
         self._readers: set[asyncio.Timeout] = set()
         self._task: asyncio.Task[None] | None = None
-        self._failures = _Remembered[int](MAX_REMEMBERED)
-        self._reported = _Remembered[bool](MAX_REMEMBERED)
+        self._failures = _Failures(MAX_REMEMBERED)
+        self._ended = False
+        self._fault = ""
         self._accepted = self._feedbacks = self._dead = 0
         engine.observe(self._outbox.tell)
 
@@ -222,9 +229,12 @@ class McpHandler:
     async def _run_or_tell(self) -> None:
         try:
             await self.run()
-        except Exception:
+        except Exception as exc:
             log.exception("mcp.ended")  # at once, and not only when somebody leaves the handler
+            self._fault = f"{type(exc).__name__}: {exc}"
             raise
+        finally:
+            self._ended = True
 
     def stop(self) -> None:
         """Let `run` return: take nothing new, finish what is open within `shutdown_s`."""
@@ -264,6 +274,8 @@ class McpHandler:
         """What `/health` shows of messaging."""
         return McpHealth(
             channel=self._channel.health(),
+            ended=self._ended,
+            fault=self._fault,
             unpublished_tasks=self._outbox.behind,
             accepted=self._accepted,
             feedback=self._feedbacks,
@@ -327,11 +339,14 @@ class McpHandler:
             key = None if draft.task_id else f"nats:{delivery.dedupe_id}"
             packet, is_new = await self._engine.submit(draft, via="nats", idempotency_key=key)
         except (IntakeFullError, ShuttingDownError) as exc:
-            await self._later(delivery, exc.retry_after_s, "full")
-        except StoreFullError:
-            await self._later(delivery, self._retry_s, "store full")
+            await self._later(delivery, exc.retry_after_s, str(exc))
         except IntakeError as exc:
             await self._dead_letter(delivery, exc)
+        except CorruptTaskError as exc:
+            await self._failed(delivery, exc)
+        except StoreError as exc:
+            # The disk's state, not the message's: it is as good tomorrow as it is now.
+            await self._later(delivery, self._retry_s, str(exc))
         except AgentServerError as exc:
             await self._failed(delivery, exc)
         else:
@@ -344,26 +359,22 @@ class McpHandler:
         if _is_event(delivery.body):
             await delivery.ack()
             return
-        if self._reported.get(delivery.dedupe_id):
-            await delivery.ack()
-            return
         try:
             packet = packet_json.decode(delivery.body, FeedbackPacket)
             task_id = _task_named(packet, delivery.subject)
             told = {name: getattr(packet, name) for name in FeedbackDraft.__struct_fields__}
             draft = FeedbackDraft(**told)
-            await self._engine.feedback(task_id, draft, via="nats")
-        except ShuttingDownError as exc:
-            await self._later(delivery, exc.retry_after_s, "stopping")
-        except StoreFullError:
-            await self._later(delivery, self._retry_s, "store full")
+            await self._engine.feedback(task_id, draft, via="nats", message_id=delivery.dedupe_id)
         except (IntakeError, TaskNotFoundError, InvalidTransitionError) as exc:
             await self._dead_letter(delivery, exc)
+        except CorruptTaskError as exc:
+            await self._failed(delivery, exc)
+        except StoreError as exc:
+            await self._later(delivery, self._retry_s, str(exc))
         except AgentServerError as exc:
             await self._failed(delivery, exc)
         else:
             self._feedbacks += 1
-            self._reported.put(delivery.dedupe_id, value=True)
             await delivery.ack()
 
     async def _later(self, delivery: Delivery, delay_s: float, why: str) -> None:
@@ -373,22 +384,26 @@ class McpHandler:
         await self._pause(delay_s)
 
     async def _failed(self, delivery: Delivery, exc: AgentServerError) -> None:
-        failures = (self._failures.get(delivery.dedupe_id) or 0) + 1
+        failures = self._failures.count(delivery.dedupe_id)
         if failures > MAX_FAILURES:
-            await self._dead_letter(delivery, exc)
+            await self._dead_letter(delivery, exc, keep_bytes=len(delivery.body))
             return
-        self._failures.put(delivery.dedupe_id, value=failures)
         log.warning("mcp.failed", subject=delivery.subject, failures=failures, problem=str(exc))
         await delivery.nak(self._retry_s)
 
-    async def _dead_letter(self, delivery: Delivery, exc: AgentServerError) -> None:
-        letter = dead_letter(delivery.subject, delivery.body, exc, received_at=self._clock())
+    async def _dead_letter(
+        self, delivery: Delivery, exc: AgentServerError, *, keep_bytes: int = DEAD_BODY_BYTES
+    ) -> None:
+        letter = dead_letter(
+            delivery.subject, delivery.body, exc, received_at=self._clock(), keep_bytes=keep_bytes
+        )
         try:
             await self._channel.publish(
                 DEAD_LETTERS, msgspec.json.encode(letter), dedupe_id=f"dlq:{delivery.dedupe_id}"
             )
-        except ChannelError:
-            await delivery.nak(self._retry_s)
+        except ChannelError as unsent:
+            # Also for a letter too large to send: its message stays where it is, whole.
+            await self._later(delivery, self._retry_s, f"no dead letter: {unsent}")
             return
         self._dead += 1
         log.warning("mcp.dead_letter", subject=delivery.subject, reason=letter.reason, pointer=letter.pointer)
@@ -408,6 +423,9 @@ class McpHandler:
             except ChannelError as exc:
                 # The next snapshot says all that this one did.
                 log.debug("mcp.metrics_unpublished", problem=str(exc))
+            except Exception:
+                # The gauges are anybody's code; a bad one costs a snapshot, never the messages.
+                log.exception("mcp.metrics_fault")
             await asyncio.sleep(self._metrics_interval_s)
 
 
@@ -579,7 +597,7 @@ class _Outbox:
         if self._mark is not None and mark <= self._mark:
             return
         try:
-            await asyncio.to_thread(_write_mark, self._path, mark)
+            await asyncio.to_thread(write_whole, self._path, msgspec.json.encode(Mark(published_until=mark)))
         except OSError as exc:
             # Repeats after a restart are the price; their ids make them harmless.
             log.warning("mcp.mark_unwritten", problem=exc.strerror)
@@ -617,7 +635,9 @@ def without_bulk(event: AnyTaskEvent) -> JSONObject:
     return {name: value for name, value in fields.items() if len(msgspec.json.encode(value)) <= BULKY_BYTES}
 
 
-def dead_letter(subject: str, body: bytes, exc: AgentServerError, *, received_at: datetime) -> DeadLetter:
+def dead_letter(
+    subject: str, body: bytes, exc: AgentServerError, *, received_at: datetime, keep_bytes: int
+) -> DeadLetter:
     """What is kept of a message that could not be taken because of `exc`."""
     reason = next((REASONS[cls] for cls in type(exc).__mro__ if cls in REASONS), "failed")
     pointer = ""
@@ -625,7 +645,7 @@ def dead_letter(subject: str, body: bytes, exc: AgentServerError, *, received_at
         pointer = exc.pointer
     elif isinstance(exc, UnknownRoleError):
         pointer = f"/{exc.what}"
-    kept = body[:DEAD_BODY_BYTES]
+    kept = body[:keep_bytes]
     encoding: Literal["utf-8", "base64"] = "utf-8"
     try:
         body.decode()
@@ -640,7 +660,7 @@ def dead_letter(subject: str, body: bytes, exc: AgentServerError, *, received_at
         received_at=received_at,
         body=text,
         encoding=encoding,
-        truncated=len(body) > DEAD_BODY_BYTES,
+        truncated=len(body) > keep_bytes,
     )
 
 
@@ -661,10 +681,9 @@ def _task_named(packet: FeedbackPacket, subject: str) -> str:
         raise InvalidPacketError(
             f"the packet says {named[:80]!r}, the subject {in_subject[:80]!r}", pointer="/task_id"
         )
-    try:
-        return str(UUID(named))
-    except ValueError as exc:
-        raise TaskNotFoundError(named[:64]) from exc
+    if not is_task_id(named):
+        raise TaskNotFoundError(named[:64])
+    return named
 
 
 def _read_mark(path: Path) -> datetime | None:
@@ -675,13 +694,3 @@ def _read_mark(path: Path) -> datetime | None:
     except (OSError, msgspec.MsgspecError) as exc:
         log.warning("mcp.mark_unreadable", path=str(path), problem=str(exc))
         return None
-
-
-def _write_mark(path: Path, mark: datetime) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(msgspec.json.encode(Mark(published_until=mark)))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
