@@ -324,11 +324,25 @@ def _from_schema(mistake: ValidationError, source: str) -> ConfigurationError:
     elif mistake.validator == "enum":
         allowed: Any = mistake.validator_value
         choices = tuple(str(choice) for choice in allowed)
-        problem = f"{mistake.instance!r} is not one of the choices"
+        problem = f"{_shown(mistake.instance)} is not one of the choices"
     elif "propertyNames" in mistake.absolute_schema_path:
         path = (*path, str(mistake.instance))
-        problem = f"{mistake.instance!r} must be lower-case letters, digits and '-', 63 at most"
+        problem = f"{_shown(mistake.instance)} must be lower-case letters, digits and '-', 63 at most"
+    elif mistake.validator in {"type", "anyOf"}:
+        # Without what stands there: it may be a key, written where the name of its variable should be.
+        problem = f"must be {_types(mistake)}"
     return ConfigurationError(problem, pointer=json_pointer(path), choices=choices, source=source)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]
+
+
+def _types(mistake: ValidationError) -> str:
+    """The types that would be right. Of an `anyOf` each branch says its own."""
+    allowed: Any = mistake.validator_value
+    branches = allowed if mistake.validator == "anyOf" else ({"type": allowed},)
+    return " or ".join(str(branch.get("type", "object")) for branch in branches)
 
 
 def _check_meaning(settings: Settings, source: str) -> None:
