@@ -112,6 +112,22 @@ async def test_every_arm_is_told_as_what_it_is(tmp_path: Path) -> None:
     assert abs(3 * best.tokens - 3 * loop.tokens) <= each
 
 
+async def test_a_first_version_that_was_right_and_got_worse_is_told(tmp_path: Path) -> None:
+    # A wrong test, derived twice to the same, makes the debugger break what was right.
+    replies = (
+        {"when": "Answer with assert statements only", "say": ["assert is_not_prime(35) == False"]},
+        {"when": "This code is wrong", "say": [BY_HEART]},
+        {"when": "is_not_prime", "say": [problems.load()[1].code]},
+        *SCRIPT,
+    )
+    config = write_config(tmp_path, llms=scripted(*replies))
+    found = await measured(tmp_path / "lines.jsonl", config)
+    assert found.arms["one_call"].solved == 2
+    loop = found.arms["loop"]
+    assert (loop.solved, loop.completed, loop.false_accepts) == (1, 2, 1)
+    assert (found.first_right, found.got_worse) == (2, 1)
+
+
 async def test_a_run_that_was_ended_in_the_middle_goes_on(tmp_path: Path) -> None:
     config = write_config(tmp_path, llms=scripted(*SCRIPT))
     whole = await measured(tmp_path / "whole.jsonl", config)
