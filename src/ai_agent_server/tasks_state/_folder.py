@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 import structlog
 
-from ai_agent_server.core.task_packet import TaskPacket, TaskSummary
+from ai_agent_server.core.task_packet import TaskPacket, TaskSummary, is_task_id
 from ai_agent_server.errors import (
     CorruptTaskError,
     StoreError,
@@ -28,7 +28,6 @@ from ai_agent_server.tasks_state._disk import (
     translated,
 )
 from ai_agent_server.tasks_state._files import Blobs, Written, blobs_in, decode, decode_head, encode
-from ai_agent_server.tasks_state._index import is_canonical
 from ai_agent_server.tasks_state._journal import Frame, Journal, frames, segments, sync_files
 
 _PROBE_BYTES = 4096
@@ -291,7 +290,7 @@ class TaskFolder:
 
     def _take(self, path: Path, found: Found) -> None:
         task_id = path.name.removesuffix(".json")
-        if not is_canonical(task_id) or path != self.path(task_id) or not path.is_file():
+        if not is_task_id(task_id) or path != self.path(task_id) or not path.is_file():
             raise CorruptTaskError("not the name of a task file in this folder")
         content = path.read_bytes()
         head = decode_head(content)

@@ -3,13 +3,12 @@
 import base64
 import binascii
 import math
-import re
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, TaskSummary
+from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, TaskSummary, is_task_id
 from ai_agent_server.core.transitions import fold
 from ai_agent_server.errors import (
     IdempotencyConflictError,
@@ -20,21 +19,15 @@ from ai_agent_server.errors import (
 )
 from ai_agent_server.tasks_state.base import TaskFilter, TaskPage
 
-_CANONICAL = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _Place = tuple[float, str]
 """Where a task stands in a list: when it was made (seconds since 1970), then its id."""
 
 
-def is_canonical(task_id: str) -> bool:
-    """Whether `task_id` is a UUID in the one form that is kept: lower-case, with hyphens."""
-    return _CANONICAL.fullmatch(task_id) is not None
-
-
 def first_state(packet: TaskPacket, events: Sequence[TaskEvent]) -> TaskPacket:
     """A new task with its first events. Raises `InvalidPacketError` when its id is not canonical."""
-    if not is_canonical(packet.task_id):
+    if not is_task_id(packet.task_id):
         raise InvalidPacketError(
             "not a task id", pointer="/task_id", expected="a UUID in lower case with hyphens"
         )
@@ -177,7 +170,7 @@ def _read_cursor(cursor: str) -> _Place:
         place = float(seconds), task_id
     except (binascii.Error, ValueError) as exc:
         raise _not_a_cursor() from exc
-    if not math.isfinite(place[0]) or not is_canonical(task_id) or _cursor(place) != cursor:
+    if not math.isfinite(place[0]) or not is_task_id(task_id) or _cursor(place) != cursor:
         raise _not_a_cursor()
     return place
 

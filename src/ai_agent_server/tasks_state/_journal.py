@@ -15,8 +15,8 @@ from zlib import crc32
 import msgspec
 import structlog
 
+from ai_agent_server.core.task_packet import is_task_id
 from ai_agent_server.tasks_state._disk import sync_file, sync_folder, write_all
-from ai_agent_server.tasks_state._index import is_canonical
 
 SUFFIX = ".log"
 SEGMENT_BYTES = 32 * 1024 * 1024
@@ -212,4 +212,4 @@ def _frame_at(content: bytes, offset: int) -> Frame | None:
     if crc32(memoryview(content)[body : body + length], length) != check:
         return None
     task_id = content[body : body + _ID_BYTES].decode("ascii", "replace")
-    return Frame(task_id, content[body + _ID_BYTES : body + length]) if is_canonical(task_id) else None
+    return Frame(task_id, content[body + _ID_BYTES : body + length]) if is_task_id(task_id) else None

@@ -14,11 +14,11 @@ from typing import TypeVar
 import msgspec
 import structlog
 
-from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, summary
+from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, is_task_id, summary
 from ai_agent_server.errors import StoreError, StoreUnusableError
 from ai_agent_server.tasks_state._files import Written
 from ai_agent_server.tasks_state._folder import Change, Stored, TaskFolder
-from ai_agent_server.tasks_state._index import TaskIndex, first_state, is_canonical, next_state
+from ai_agent_server.tasks_state._index import TaskIndex, first_state, next_state
 from ai_agent_server.tasks_state.base import StoreHealth, TaskFilter, TaskPage
 
 __all__ = ("JsonFileStore",)
@@ -168,7 +168,7 @@ class JsonFileStore:
 
     def location(self, task_id: str) -> str:
         """The task's file, "" for what is no task id."""
-        return str(self._folder.path(task_id)) if is_canonical(task_id) else ""
+        return str(self._folder.path(task_id)) if is_task_id(task_id) else ""
 
     async def health(self) -> StoreHealth:
         """Whether a write would work now, found by writing."""
