@@ -1,6 +1,6 @@
-"""The command: measures what is missing in FILE, then prints the table and writes the plot and the summary.
+"""The command: measures what is missing in a file, prints the table, writes the plot and the summary.
 
-python -m bench.loop_quality --problems 100:300 --out .bench/loop_quality.jsonl
+python -m bench.loop_quality --problems 100:300 --out state/loop_quality/embedded.jsonl
 """
 
 import argparse
@@ -49,13 +49,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 def parsed(arguments: Sequence[str] | None = None) -> Options:
     """The command line, read."""
-    parser = argparse.ArgumentParser(prog="python -m bench.loop_quality", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.loop_quality", description=str(__doc__).partition("\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="the lines; a rerun goes on with it")
-    parser.add_argument("--problems", default="100:300", help="positions in the order of the ids")
+    parser.add_argument("--problems", default="100:300", help="FROM:TO, positions in the order of the ids")
     parser.add_argument("--arms", default=",".join(ARMS), help="best_of_n needs the lines of the other two")
     parser.add_argument("--config", type=Path, help="a configuration.json; by default the packaged one")
     parser.add_argument("--llm", help="the LLM that serves every role, where more than one is configured")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="another one gives other answers")
     parser.add_argument(
         "--temperature",
         type=float,
@@ -190,7 +192,7 @@ def main() -> int:
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             found = asyncio.run(measure(options, progress))
-    except (RefusedError, AgentServerError) as exc:
+    except (RefusedError, AgentServerError, OSError) as exc:
         print(f"not measured: {exc}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
