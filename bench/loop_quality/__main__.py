@@ -25,7 +25,7 @@ from ai_agent_server.config import settings as configuration
 from ai_agent_server.errors import AgentServerError
 from ai_agent_server.sandbox._choose import choose_sandbox
 from bench import figures
-from bench.loop_quality import arms, best_of_n, problems
+from bench.loop_quality import arms, best_of_n, problems, setup
 from bench.loop_quality.lines import ARMS, Arm, Line, Lines, RefusedError, Setup, missing
 from bench.loop_quality.plot import svg
 from bench.loop_quality.problems import Problem
@@ -78,35 +78,35 @@ async def measure(options: Options, progress: Progress) -> Summary:
         chosen = [everything[at] for at in problems.positions(options.problems, len(everything))]
     except ValueError as exc:
         raise RefusedError(f"--problems: {exc}") from exc
-    llm, settings = arms.with_one_llm(configuration.load(options.config), options.llm)
+    llm, settings = setup.with_one_llm(configuration.load(options.config), options.llm)
     folder = options.config.parent if options.config else None
-    profile = arms.profile_of(settings, folder)
+    profile = setup.profile_of(settings, folder)
     sandbox, probe = await choose_sandbox(settings.sandbox.tier)
     if not probe.works:
         raise RefusedError(f"no sandbox works here: {probe.detail}; {probe.advice}")
-    setup = Setup(
+    made_with = Setup(
         llm=llm,
         engine=settings.llms[llm].engine,
         model=settings.llms[llm].model,
         problems=options.problems,
         seed=options.seed,
-        temperature=arms.warmest(settings) if options.temperature is None else options.temperature,
-        limits=arms.limits_of(profile, options.calls),
+        temperature=setup.warmest(settings) if options.temperature is None else options.temperature,
+        limits=setup.limits_of(profile, options.calls),
         tier=probe.tier,
-        llm_sha256=arms.llm_sha256(settings.llms[llm]),
-        profile_sha256=arms.profile_sha256(profile),
-        program_sha256=arms.program_sha256(),
+        llm_sha256=setup.llm_sha256(settings.llms[llm]),
+        profile_sha256=setup.profile_sha256(profile),
+        program_sha256=setup.program_sha256(),
         data_sha256=problems.sha256(),
     )
-    with Lines(options.out, setup) as lines:
+    with Lines(options.out, made_with) as lines:
         run = _Run(chosen, options.arms, lines, progress)
         if run.todo():
             environ = configuration.environment()
             async with arms.running(
-                setup=setup, settings=settings, folder=folder, sandbox=sandbox, environ=environ
+                setup=made_with, settings=settings, folder=folder, sandbox=sandbox, environ=environ
             ) as made:
                 await run.go_on(made)
-        return summarise(setup, figures.machine(options.out.parent), run.outcomes())
+        return summarise(made_with, figures.machine(options.out.parent), run.outcomes())
 
 
 class _Run:

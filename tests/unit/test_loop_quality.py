@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 from bench.figures import Machine
-from bench.loop_quality import arms, best_of_n, problems
+from bench.loop_quality import best_of_n, problems, setup
 from bench.loop_quality.__main__ import parsed
 from bench.loop_quality.lines import Arm, Line, Lines, RefusedError, Setup, missing
 from bench.loop_quality.plot import svg
@@ -205,8 +205,8 @@ def test_one_llm_serves_every_role_of_the_loop() -> None:
         profiles={"developer": msgspec.structs.replace(profile, roles=roles)},
     )
     with pytest.raises(RefusedError, match="one of: embedded, other"):
-        arms.with_one_llm(two, None)
-    name, found = arms.with_one_llm(two, "other")
+        setup.with_one_llm(two, None)
+    name, found = setup.with_one_llm(two, "other")
     assert name == "other"
     assert list(found.llms) == ["other"]
     assert found.llms["other"].toggle
@@ -214,19 +214,19 @@ def test_one_llm_serves_every_role_of_the_loop() -> None:
 
 
 def test_what_a_line_depends_on_has_a_name_that_changes_with_it() -> None:
-    _, settings = arms.with_one_llm(configuration.load(None), None)
+    _, settings = setup.with_one_llm(configuration.load(None), None)
     profile = settings.profiles["developer"]
     warmer = msgspec.structs.replace(profile.roles["debug"], temperature=0.9)
     changed = msgspec.structs.replace(
         settings,
         profiles={"developer": msgspec.structs.replace(profile, roles={**profile.roles, "debug": warmer})},
     )
-    one, other = arms.profile_of(settings, None), arms.profile_of(changed, None)
-    assert arms.profile_sha256(one) == arms.profile_sha256(arms.profile_of(settings, None))
-    assert arms.profile_sha256(one) != arms.profile_sha256(other)
-    assert arms.warmest(changed) == 0.9
-    assert arms.limits_of(one, 3) == msgspec.structs.replace(settings.limits, calls=3)
-    assert arms.limits_of(one, None) == settings.limits
+    one, other = setup.profile_of(settings, None), setup.profile_of(changed, None)
+    assert setup.profile_sha256(one) == setup.profile_sha256(setup.profile_of(settings, None))
+    assert setup.profile_sha256(one) != setup.profile_sha256(other)
+    assert setup.warmest(changed) == 0.9
+    assert setup.limits_of(one, 3) == msgspec.structs.replace(settings.limits, calls=3)
+    assert setup.limits_of(one, None) == settings.limits
 
 
 def test_arms_are_told_in_one_order_and_an_unknown_one_is_refused() -> None:
