@@ -1,31 +1,102 @@
-"""A small file written whole: a crash leaves what was or what is new. Blocking; for threads."""
+"""What makes bytes safe on a disk, and the words for when it fails. Blocking; for threads."""
 
+import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ai_agent_server.errors import StoreError, StoreFullError, StoreUnusableError
+
+TEMPORARY = ".tmp"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+# EFBIG is a limit on file size (ulimit -f): as for a quota, what helps is space.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The error numbers of a disk without space."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, or leave there what was; safe on disk when this returns.
+    """Put `content` at `path`, or leave there what was; it is safe when this returns.
 
-    The folder is made where it is missing. Raises `OSError`; the temporary file is gone then.
+    The folder is made where it is missing. Raises `OSError`.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    place(path, content)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def translated(path: Path | str) -> Iterator[None]:
+    """Turn what the system says about `path` into the store's errors."""
     try:
-        with os.fdopen(os.open(temporary, _NEW, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield
+    except OSError as exc:
+        raise meaning(exc, path) from exc
+
+
+def meaning(problem: OSError, path: Path | str) -> StoreError:
+    """The store's error for what the system says about `path`."""
+    where = problem.filename or path
+    if problem.errno in FULL:
+        return StoreFullError(f"no space left for {where}: {problem.strerror}")
+    return StoreUnusableError(f"{where}: {problem.strerror}")
+
+
+def place(path: Path, content: bytes) -> None:
+    """Put `content` at `path` whole, or leave there what was. It survives a crash after `sync_folder`.
+
+    Raises `OSError`; the temporary file is gone then.
+    """
+    temporary = beside(path, content, sync=True)
+    try:
+        temporary.rename(path)
     except OSError:
         with suppress(OSError):
             temporary.unlink()
         raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def beside(path: Path, content: bytes, *, sync: bool) -> Path:
+    """Write `content` to a temporary file beside `path`, and answer where.
+
+    Raises `OSError`; the temporary file is gone then.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
-        os.fsync(folder)
+        descriptor = os.open(temporary, _NEW, 0o600)
+        try:
+            write_all(descriptor, content)
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    return temporary
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write every byte. Raises `OSError`; a part may be written then."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut. Raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed or removed in `folder` survive a crash. Raises `OSError`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from ai_agent_server.durable import translated, write_whole
 from ai_agent_server.errors import StoreError
-from ai_agent_server.tasks_state._disk import place, sync_folder, translated
 
 log = structlog.get_logger(__name__)
 
@@ -72,9 +72,7 @@ class Toggles:
             if switches == self._switches:
                 return
             with translated(self._path):
-                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                place(self._path, msgspec.json.encode(switches))
-                sync_folder(self._path.parent)
+                write_whole(self._path, msgspec.json.encode(switches))
             self._switches = switches
 
     def _read(self) -> Switches:

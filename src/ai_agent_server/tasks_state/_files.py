@@ -22,8 +22,8 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     TaskSummary,
 )
+from ai_agent_server.durable import place, sync_folder
 from ai_agent_server.errors import CorruptTaskError, StoreUnusableError
-from ai_agent_server.tasks_state._disk import place, sync_folder
 
 BLOB_BYTES = 256 * 1024
 """A JSON object whose text is longer than this is kept in a file of its own."""

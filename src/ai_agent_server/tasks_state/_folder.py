@@ -10,6 +10,15 @@ import msgspec
 import structlog
 
 from ai_agent_server.core.task_packet import TaskPacket, TaskSummary, is_task_id
+from ai_agent_server.durable import (
+    FULL,
+    TEMPORARY,
+    beside,
+    meaning,
+    place,
+    sync_folder,
+    translated,
+)
 from ai_agent_server.errors import (
     CorruptTaskError,
     StoreError,
@@ -17,18 +26,9 @@ from ai_agent_server.errors import (
     StoreUnusableError,
     TaskNotFoundError,
 )
-from ai_agent_server.tasks_state._disk import (
-    FULL,
-    TEMPORARY,
-    FolderLock,
-    beside,
-    meaning,
-    place,
-    sync_folder,
-    translated,
-)
 from ai_agent_server.tasks_state._files import Blobs, Written, blobs_in, decode, decode_head, encode
 from ai_agent_server.tasks_state._journal import Frame, Journal, frames, segments, sync_files
+from ai_agent_server.tasks_state._lock import FolderLock
 
 _PROBE_BYTES = 4096
 _T = TypeVar("_T")

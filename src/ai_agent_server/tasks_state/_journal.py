@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from ai_agent_server.core.task_packet import is_task_id
-from ai_agent_server.tasks_state._disk import sync_file, sync_folder, write_all
+from ai_agent_server.durable import sync_file, sync_folder, write_all
 
 SUFFIX = ".log"
 SEGMENT_BYTES = 32 * 1024 * 1024
