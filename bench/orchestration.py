@@ -1,8 +1,9 @@
 """Orchestration: tasks a second through planner, coder, qa (fail), debug, qa (pass), every step durable.
 
 The LLM is the scripted engine, which answers at once, behind the load balancer; task files are on a
-real disk, fsynced for each step. The peer is LangGraph with its SQLite saver, in the same run,
-by turns; the figure is the middle one of three. `make bench` makes the peer's environment.
+real disk, each step fsynced before it is told (one fsync for all that wait). The peer is LangGraph
+with its SQLite saver, in the same run, by turns; the figure is the middle one of three. `make bench`
+makes the peer's environment.
 """
 
 import asyncio
@@ -144,9 +145,17 @@ def main() -> None:
     peer = _peer_python()
     ours: list[float] = []
     theirs: list[float] = []
-    for _ in range(ROUNDS):
-        ours.append(_timed([sys.executable, "-m", "bench.orchestration"], TASKS))
-        theirs.append(_timed([str(peer), str(HERE / "peers" / "langgraph_loop.py")], PEER_TASKS))
+    state = WORK / "state"
+    shutil.rmtree(state, ignore_errors=True)
+    try:
+        for number in range(ROUNDS):
+            command = [sys.executable, "-m", "bench.orchestration"]
+            ours.append(_timed(command, TASKS, state / f"ours-{number}"))
+            command = [str(peer), str(HERE / "peers" / "langgraph_loop.py")]
+            theirs.append(_timed(command, PEER_TASKS, state / f"theirs-{number}"))
+    finally:
+        # Not between rounds: for seconds after many files are removed, ext4 is slow to make new ones.
+        shutil.rmtree(state, ignore_errors=True)
     mine, other = median(ours), median(theirs)
     keep(
         "orchestration",
@@ -167,21 +176,16 @@ def main() -> None:
     )
 
 
-def _timed(command: list[str], tasks: int) -> float:
-    folder = WORK / "state"
-    shutil.rmtree(folder, ignore_errors=True)
+def _timed(command: list[str], tasks: int, folder: Path) -> float:
     folder.mkdir(parents=True)
-    try:
-        ran = subprocess.run(
-            [*command, str(tasks), str(AT_ONCE), str(folder)],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=HERE.parent,
-        )
-        return float(ran.stdout.split()[-1])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    ran = subprocess.run(
+        [*command, str(tasks), str(AT_ONCE), str(folder)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=HERE.parent,
+    )
+    return float(ran.stdout.split()[-1])
 
 
 def _peer_python() -> Path:
