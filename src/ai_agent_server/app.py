@@ -163,15 +163,22 @@ class Server:
 
 def _messaging(messages: McpHealth) -> Component:
     channel, behind = messages.channel, messages.unpublished_tasks
-    words = [
-        f"{channel.state}{f' to {channel.url}' if channel.url else ''}",
-        *(["(embedded)"] if channel.embedded else []),
-        *([f"{behind} tasks have events to publish"] if behind else []),
-    ]
+    detail = (
+        f"{channel.state}{f' to {channel.url}' if channel.url else ''}"
+        f"{' (embedded)' if channel.embedded else ''}"
+        f"{f'; tasks with events to publish: {behind}' if behind else ''}"
+    )
+    if messages.ended:
+        return Component(
+            status="degraded",
+            # The fault's name alone: health is open to all, and its words may be anybody's.
+            detail=f"no messages are carried ({messages.fault.partition(':')[0] or 'stopped'}); {detail}",
+            advice="REST goes on; see mcp.ended in the log, then restart",
+        )
     connected = channel.state == "connected"
     return Component(
         status="ok" if connected else "degraded",
-        detail=" ".join(words),
+        detail=detail,
         advice="" if connected else "REST goes on; see messaging.url",
     )
 

@@ -14,6 +14,7 @@ import pytest
 
 from ai_agent_server import app
 from ai_agent_server.app import Server, StoreWatch, running, try_reload
+from ai_agent_server.channels.memory_channel import MemoryChannel
 from ai_agent_server.core.task_packet import TaskDraft, TaskPacket
 from ai_agent_server.errors import ConfigurationError, SandboxError, StoreUnusableError
 from ai_agent_server.llm_engines.local.scripted_engine import ScriptedEngine
@@ -262,11 +263,27 @@ async def test_many_who_ask_for_health_look_at_the_store_once_a_second(tmp_path:
     await store.aclose()
 
 
-async def test_health_says_how_messaging_is(configuration: Configuration) -> None:
+async def test_health_says_that_messaging_ended_and_what_waits_for_it(
+    configuration: Configuration, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with configuration.running() as (server, _):
-        report = await server.health()
-        assert report.components["nats"].status in {"ok", "degraded"}
-        assert report.components["store"].status == "ok"
+        assert (await server.health()).components["nats"].status == "ok"
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("of somebody's prompt")
+
+    monkeypatch.setattr(MemoryChannel, "subscribe", broken)
+    # What ended messaging is raised once more at the end.
+    with pytest.raises(ZeroDivisionError):
+        async with configuration.running() as (server, _):
+            async with asyncio.timeout(DEADLINE_S):
+                while (await server.health()).components["nats"].status == "ok":
+                    await asyncio.sleep(0.01)
+            await ask(server)
+            said = (await server.health()).components["nats"]
+            assert said.detail.startswith("no messages are carried (ZeroDivisionError); connected")
+            assert said.detail.endswith("; tasks with events to publish: 1")
+            assert "restart" in said.advice
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
