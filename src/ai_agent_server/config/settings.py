@@ -81,7 +81,8 @@ class LLMSettings(_Section, frozen=True, kw_only=True):
     model: str
     source: Literal["local", "api"]
     toggle: bool = True
-    """On or off; flipped at run time by PATCH /api/v1/llms/{name} and kept over a restart."""
+    """On or off. PATCH /api/v1/llms/{name} switches it at run time; that is kept over a restart, until
+    what stands here is changed."""
     locked: bool = False
     """What is assigned to this LLM is never moved to another."""
     tier: Tier = "small"
