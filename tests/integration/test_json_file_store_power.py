@@ -115,6 +115,18 @@ async def test_what_was_answered_comes_back_from_the_journal(tmp_path: Path, lef
         assert [await store.read(task.task_id) for task in last] == last
 
 
+async def test_a_folder_in_the_place_of_a_file_is_moved_out_of_the_journals_way(tmp_path: Path) -> None:
+    async with opened(tmp_path / "state") as store:
+        task = await accepted(store)
+        root = after_the_cut(tmp_path / "state", tmp_path / "cut")
+    path = file_in(root, task.task_id)
+    path.unlink()
+    path.mkdir()
+    async with opened(root) as store:
+        assert await store.read(task.task_id) == task
+    assert (root / "corrupt" / path.name).is_dir()
+
+
 async def test_a_last_frame_that_was_cut_anywhere_leaves_what_was_before_it(tmp_path: Path) -> None:
     async with opened(tmp_path / "state") as store:
         first = await accepted(store)

@@ -264,8 +264,9 @@ class TaskFolder:
             there = path.read_bytes()
         except FileNotFoundError:
             there = b""
-        except IsADirectoryError:  # the scan moves it aside
-            return False
+        except IsADirectoryError:
+            self._move_aside(path, "not a file")
+            there = b""
         if there == content:
             return False
         if not content:
