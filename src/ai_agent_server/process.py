@@ -117,7 +117,13 @@ async def _signals(server: Server, http: _HttpServer) -> AsyncIterator[None]:
 
     def on_stop() -> None:
         if server.engine.status().accepting:
-            events.info("server.stopping")
+            bound_s = server.settings.server.shutdown_s
+            events.info(
+                "server.stopping",
+                running=server.engine.status().running,
+                bound_s=bound_s,
+                again="stops at once",
+            )
             own(stop())
         else:
             events.warning("server.stopped_at_once")
