@@ -154,7 +154,7 @@ def main() -> None:
             command = [str(peer), str(HERE / "peers" / "langgraph_loop.py")]
             theirs.append(_timed(command, PEER_TASKS, state / f"theirs-{number}"))
     finally:
-        # Not between rounds: for seconds after many files are removed, ext4 is slow to make new ones.
+        # Not between rounds: removing thousands of files may slow the making of the next ones.
         shutil.rmtree(state, ignore_errors=True)
     mine, other = median(ours), median(theirs)
     keep(
