@@ -52,7 +52,7 @@ class Chat:
 
 
 async def no_file(path: str) -> bytes:
-    raise InvalidPacketError(f"{path} is not under an allowed folder", pointer="/payload/image")
+    raise InvalidPacketError(f"{path} is not under an allowed folder", pointer="/payload")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from ai_agent_server.core.api_schemas import LLMCard, LLMList, ToggleDraft
+from ai_agent_server.core.api_schemas import ExplainDraft, LLMCard, LLMList, ToggleDraft
 from ai_agent_server.core.chat import Decision
 from ai_agent_server.core.ports import HealthReport
 from ai_agent_server.core.task_packet import (
@@ -25,7 +25,6 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
 )
 from ai_agent_server.errors import ServerRefusedError, ServerUnreachableError
-from ai_agent_server.load_balancer.base import Requirements
 from ai_agent_server.tasks_state.base import TaskPage
 
 __all__ = ("Client", "Fetched", "Frame", "Told", "frames")
@@ -162,7 +161,7 @@ class Client:
         body = msgspec.json.encode(ToggleDraft(toggle=on))
         return self._decode(await self._ask("PATCH", f"/api/v1/llms/{_segment(name)}", body=body), LLMCard)
 
-    async def explain(self, wanted: Requirements) -> Decision:
+    async def explain(self, wanted: ExplainDraft) -> Decision:
         """Which LLM would serve, and why; no LLM is called."""
         body = msgspec.json.encode(wanted)
         return self._decode(await self._ask("POST", "/api/v1/load-balancer/explain", body=body), Decision)

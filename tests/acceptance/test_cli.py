@@ -97,7 +97,7 @@ async def test_run_shows_each_step_its_llm_its_verdict_and_the_code(
         r"^  def add\(a, b\):$",
         r"^      return a \+ b$",
         r"^file /.*\.json$",
-        r"^next ai-agent-server tasks show ",
+        r"^next .*python.* -m ai_agent_server tasks show ",
     ):
         assert any(re.search(part, line) for line in told), f"{part} is not in its place:\n{ran.out}"
     assert "\x1b" not in ran.out
@@ -274,7 +274,7 @@ async def test_ctrl_c_leaves_the_task_running_and_says_how_to_come_back(
             child.send_signal(signal.SIGINT)
             _, errors = await child.communicate()
         assert child.returncode == 130
-        found = re.search(r"the task goes on: ai-agent-server watch ([0-9a-f-]{36})", errors.decode())
+        found = re.search(r"the task goes on: .* -m ai_agent_server watch ([0-9a-f-]{36})", errors.decode())
         assert found, errors
         at = {"AI_AGENT_SERVER_URL": slow.url}
         listed = (await cli("tasks", "--json", cwd=tmp_path, **at)).json
@@ -388,6 +388,26 @@ async def test_doctor_fails_for_what_is_broken_and_names_the_remedy(tmp_path: Pa
         "nats": "start nats-server -js there, or leave messaging.url out to use the embedded one",
         "state folder": "give another with --state-dir",
     }
+
+
+async def test_doctor_refuses_what_serve_refuses(tmp_path: Path) -> None:
+    for wrong, pointer in (
+        ({"balancer": {"strategy": "fastest"}}, "/balancer/strategy"),
+        ({"store": {"kind": "sql"}}, "/store/kind"),
+    ):
+        config = write_config(tmp_path, llms=scripted(*REPLIES), messaging={"enabled": False}, **wrong)
+        ran = await cli("doctor", "--config", str(config), "--json", cwd=tmp_path, AI_AGENT_SERVER_PORT="9")
+        assert ran.code == 1
+        assert ran.json["checks"][0]["status"] == "fail"
+        assert pointer in ran.json["checks"][0]["detail"]
+
+
+async def test_an_error_is_a_problem_document_for_a_program(at: dict[str, str], tmp_path: Path) -> None:
+    refused = await cli("run", "nobody/planner", "x", "--json", cwd=tmp_path, **at)
+    assert (refused.code, refused.json["status"]) == (2, 404)
+    assert "nobody" in refused.json["detail"]
+    away = await cli("tasks", "--json", cwd=tmp_path, AI_AGENT_SERVER_PORT="9")
+    assert (away.code, away.json["title"]) == (3, "No server answers")
 
 
 async def test_init_writes_a_configuration_that_loads_and_leaves_one_that_is_there(tmp_path: Path) -> None:

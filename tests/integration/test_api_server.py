@@ -4,13 +4,17 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
 import httpx
+import msgspec
 import pytest
 from jsonschema import Draft202012Validator
 
+from ai_agent_server.config.settings import EnvSecret
 from ai_agent_server.core.ports import Component, HealthReport
 from ai_agent_server.core.task_packet import Completed, Hop, LLMCall, Started, StepFinished, StepStarted
 from ai_agent_server.errors import ConfigurationError
 from tests.servers.api import Parts, serving
+
+EXPLAIN = "/api/v1/load-balancer/explain"
 
 
 @pytest.fixture
@@ -216,3 +220,67 @@ async def test_a_name_that_was_made_to_point_here_reads_nothing(http: httpx.Asyn
     answer = await http.get("/api/v1/tasks", headers={"Host": "attacker.example"})
     assert answer.status_code == 403
     assert (await http.get("/api/v1/tasks", headers={"Host": "localhost:3160"})).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/api/v1/health"])
+async def test_health_answers_head_as_get_without_a_body(http: httpx.AsyncClient, path: str) -> None:
+    got, head = await http.get(path), await http.head(path)
+
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == got.headers["content-length"]
+
+
+async def test_the_root_leads_to_the_docs(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/")
+
+    assert (answer.status_code, answer.headers["location"]) == (303, "/api/v1/docs")
+
+
+async def test_the_prometheus_text_names_its_charset_once(http: httpx.AsyncClient) -> None:
+    content_type = (await http.get("/metrics")).headers["content-type"]
+
+    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def test_a_choice_is_explained_as_a_role_would_ask(parts: Parts, http: httpx.AsyncClient) -> None:
+    role = parts.settings.profiles["developer"].roles["planner"]
+    role = msgspec.structs.replace(role, tier="main", privacy="local", max_tokens=77, result_schema={})
+    profile = msgspec.structs.replace(parts.settings.profiles["developer"], roles={"planner": role})
+    parts.settings = msgspec.structs.replace(parts.settings, profiles={"developer": profile})
+    of_role = {"profile": "developer", "role": "planner"}
+
+    await http.post(EXPLAIN, json=of_role)
+    await http.post(EXPLAIN, json={**of_role, "tier": "small", "privacy": "any", "needs": ["tools"]})
+
+    plain, with_more = parts.balancer.asked
+    assert (plain.tier, plain.privacy, plain.output_tokens) == ("main", "local", 77)
+    assert plain.needs == {"chat", "json_schema"}
+    assert (with_more.tier, with_more.privacy, with_more.needs) == ("small", "local", {"tools"})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"profile": "nope", "role": "planner"}, 404, "developer"),
+        ({"profile": "developer", "role": "nope"}, 404, "planner"),
+        ({"profile": "developer"}, 422, "/role"),
+    ],
+)
+async def test_an_unknown_role_is_not_explained(
+    http: httpx.AsyncClient, body: object, status: int, says: str
+) -> None:
+    answer = await http.post(EXPLAIN, json=body)
+
+    assert answer.status_code == status
+    assert says in answer.text
+
+
+async def test_an_llm_tells_whether_its_key_is_set_and_never_the_key() -> None:
+    for environ, has_key in (({}, False), ({"SOME_KEY": "s3cret"}, True)):
+        parts = Parts(environ=environ)
+        llm = msgspec.structs.replace(parts.settings.llms["embedded"], api_key=EnvSecret(env="SOME_KEY"))
+        parts.settings = msgspec.structs.replace(parts.settings, llms={"embedded": llm})
+        async with serving(parts.app) as address, httpx.AsyncClient(base_url=address) as client:
+            answer = await client.get("/api/v1/llms")
+        assert answer.json()["items"][0]["has_key"] is has_key
+        assert "s3cret" not in answer.text

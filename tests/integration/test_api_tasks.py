@@ -9,7 +9,15 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from ai_agent_server.core.task_packet import Completed, Started
+from ai_agent_server.core.chat import Decision
+from ai_agent_server.core.task_packet import (
+    Completed,
+    Hop,
+    LLMCall,
+    Started,
+    StepFinished,
+    StepStarted,
+)
 from tests.servers.api import Parts, serving
 
 PLANNER = "/api/v1/developer/planner"
@@ -237,3 +245,61 @@ async def first_task(parts: Parts) -> str:
         while not parts.engine.tasks or not parts.engine.followers:
             await asyncio.sleep(0.01)
     return next(iter(parts.engine.tasks))
+
+
+@pytest.mark.parametrize(
+    ("header", "in_body", "kept"),
+    [
+        ("local", "any", "local"),
+        ("any", "local", "local"),
+        ("any", "any", "any"),
+        (None, "any", "any"),
+    ],
+)
+async def test_a_header_makes_a_task_private_and_never_less(
+    http: httpx.AsyncClient, header: str | None, in_body: str, kept: str
+) -> None:
+    headers = {} if header is None else {"X-Privacy": header}
+    answer = await http.post(PLANNER, json={**BODY, "privacy": in_body}, headers=headers)
+
+    assert answer.json()["privacy"] == kept
+
+
+async def test_another_privacy_is_refused_with_those_there_are(parts: Parts, http: httpx.AsyncClient) -> None:
+    answer = await http.post(PLANNER, json=BODY, headers={"X-Privacy": "secret"})
+
+    assert answer.status_code == 422
+    assert (answer.json()["parameter"], answer.json()["choices"]) == ("X-Privacy", ["any", "local"])
+    assert not parts.engine.tasks
+
+
+async def test_a_task_tells_in_headers_which_llm_answered_last_and_why(
+    parts: Parts, http: httpx.AsyncClient
+) -> None:
+    task_id = await submitted(http)
+    before = await http.get(f"/api/v1/tasks/{task_id}")
+    now = datetime.now(UTC)
+    call = LLMCall(
+        llm="embedded",
+        model="m",
+        source="local",
+        input_tokens=1,
+        output_tokens=1,
+        finish_reason="stop",
+        time_to_first_token_ms=1,
+        duration_ms=1,
+        prompt_sha256="",
+        decision=Decision(chosen="embedded", reason="état\n\0" + "x" * 5000, strategy="double"),
+    )
+    parts.engine.happen(
+        task_id,
+        Started(at=now, generation=1),
+        StepStarted(at=now, step=1, role="planner", attempt=1, hop=Hop(on="entry", why="")),
+        StepFinished(at=now, step=1, role="planner", outcome="done", call=call, duration_ms=1),
+    )
+    after = await http.get(f"/api/v1/tasks/{task_id}")
+
+    assert "x-llm" not in before.headers
+    assert after.headers["x-llm"] == "embedded"
+    assert after.headers["x-routing-reason"].startswith(r"\xe9tat\n\x00xxx")
+    assert len(after.headers["x-routing-reason"]) == 300

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from ai_agent_server.client import Client, Frame, Told, frames
+from ai_agent_server.core.api_schemas import ExplainDraft
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
     Completed,
@@ -21,7 +22,6 @@ from ai_agent_server.core.task_packet import (
 )
 from ai_agent_server.core.transitions import fold
 from ai_agent_server.errors import ServerRefusedError, ServerUnreachableError
-from ai_agent_server.load_balancer.base import Requirements
 from tests.servers.api import Parts, serving
 from tests.servers.http_double import HTTPDouble, Out, Request
 
@@ -149,7 +149,7 @@ async def test_the_key_is_sent() -> None:
 
 async def test_a_choice_is_explained() -> None:
     async with serving(Parts().app) as url, Client(url) as client:
-        found = await client.explain(Requirements(tier="small"))
+        found = await client.explain(ExplainDraft(tier="small"))
     assert (found.chosen, found.reason) == ("embedded", "tier small")
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 
@@ -27,6 +27,7 @@ class BalancerDouble:
     """One LLM called `embedded`, chosen unless it is switched off."""
 
     def __init__(self) -> None:
+        self.asked: list[Requirements] = []
         self.llms = {"embedded": LLMView(name="embedded", source="local", tier="small")}
 
     def views(self) -> tuple[LLMView, ...]:
@@ -35,6 +36,7 @@ class BalancerDouble:
 
     def explain(self, wanted: Requirements) -> Decision:
         """See `Balancer.explain`."""
+        self.asked.append(wanted)
         chosen = next((view.name for view in self.views() if view.toggle), None)
         candidates = tuple(Candidate(llm=view.name, score=1.0) for view in self.views())
         return Decision(chosen=chosen, reason=f"tier {wanted.tier}", strategy="double", candidates=candidates)
@@ -50,7 +52,12 @@ class Parts:
     """What the API stands on; a test changes it while the server runs."""
 
     def __init__(
-        self, *, api_key: str | None = None, keep_alive_s: float = 15.0, write_timeout_s: float = 30.0
+        self,
+        *,
+        api_key: str | None = None,
+        environ: Mapping[str, str] | None = None,
+        keep_alive_s: float = 15.0,
+        write_timeout_s: float = 30.0,
     ) -> None:
         self.engine = OrchestrationDouble()
         self.balancer = BalancerDouble()
@@ -77,6 +84,7 @@ class Parts:
             task_file=lambda task_id: f"/état/{task_id}.json",
             version="0",
             api_key=api_key,
+            environ=environ,
             keep_alive_s=keep_alive_s,
             write_timeout_s=write_timeout_s,
         )

@@ -218,3 +218,10 @@ async def test_what_is_no_image_is_refused_before_anybody_is_asked(image: str) -
         await Task("productivity", "vision", {"task": "?", "image": image}).run("vision", chat)
     assert refused.value.pointer == "/payload/image"
     assert chat.sent == []
+
+
+async def test_an_address_as_image_is_refused_with_a_sentence_of_its_own() -> None:
+    task = Task("productivity", "vision", {"task": "?", "image": "https://example.org/cat.png"})
+    with pytest.raises(InvalidPacketError, match="not fetched from an address") as refused:
+        await task.run("vision", Chat("A cat."))
+    assert refused.value.pointer == "/payload/image"

@@ -1,6 +1,7 @@
 """How events look to a person, and what he is told to do next."""
 
 import io
+import re
 from datetime import UTC, datetime
 
 import pytest
@@ -8,6 +9,7 @@ from msgspec import to_builtins
 from rich.console import Console
 
 from ai_agent_server.cli import view
+from ai_agent_server.cli.caller import Caller
 from ai_agent_server.client import Fetched
 from ai_agent_server.core.chat import Decision
 from ai_agent_server.core.task_packet import (
@@ -144,11 +146,11 @@ def failed(reason: Reason) -> TaskPacket:
             packet(InputRequired(at=AT, role="user", question="?", expires_at=AT)),
             f'tasks feedback {ID} --role user --outcome answer --why "..."',
         ),
-        (packet(InputRequired(at=AT, role="qa", question="?", expires_at=AT)), "--role qa --outcome done"),
+        (packet(InputRequired(at=AT, role="qa", question="?", expires_at=AT)), "--role qa --outcome pass"),
     ],
 )
 def test_what_to_do_next_fits_how_the_task_stands(task: TaskPacket, step: str) -> None:
-    assert any(step in said for said in view.what_next(task))
+    assert any(step in said for said in view.what_next(task, Caller()))
 
 
 def shown(found: object) -> str:
@@ -190,3 +192,28 @@ def test_progress_is_for_terminals_alone() -> None:
         live.tell(progress)
     assert isinstance(terminal.file, io.StringIO)
     assert "qa on big, only one: 7 tokens, 1.5 s" in terminal.file.getvalue()
+
+
+def test_a_command_that_is_told_goes_to_the_same_server_by_the_same_program() -> None:
+    called = Caller(program=(".venv/bin/ai-agent-server",), server="http://127.0.0.1:9")
+
+    assert view.what_next(packet(), called) == (
+        f".venv/bin/ai-agent-server watch {ID} --server http://127.0.0.1:9",
+    )
+
+
+def test_a_waiting_task_shows_who_is_waited_for_until_when_and_why() -> None:
+    asked = packet(InputRequired(at=AT, role="qa", question="no qa runs here", expires_at=AT))
+    out = io.StringIO()
+    Console(file=out, width=200).print(view.result(Fetched(packet=asked)))
+
+    assert re.search(r"waits for qa until 20\S+ \S+: no qa runs here", out.getvalue())
+    assert "0 LLM calls" in out.getvalue()
+
+
+def test_the_chosen_llm_is_named_once() -> None:
+    out = io.StringIO()
+    found = Decision(chosen="big", reason="big: best of 2 (in memory)", strategy="resident_first")
+    Console(file=out, width=200).print(view.decision(found))
+
+    assert out.getvalue().startswith("big: best of 2")

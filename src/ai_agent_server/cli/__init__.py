@@ -1,5 +1,6 @@
 """The command line. Each command is a function of a module of this package, imported when it is called."""
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from ai_agent_server.errors import (
 
 __all__ = ("ENV_FILE", "Exit", "app", "main", "run")
 
+API_KEY_VARIABLE = "AI_AGENT_SERVER_API_KEY"
 ENV_FILE = "AI_AGENT_SERVER_ENV_FILE"
 """The variable that names another file than `.env`."""
 
@@ -67,21 +69,32 @@ for _name, _path, _help in (
 
 
 def run(arguments: Sequence[str], *, environ: Mapping[str, str], errors: TextIO) -> int:
-    """Run one command line and answer its exit code. Anything that went wrong is one sentence on `errors`."""
+    """Run one command line and answer its exit code. Anything that went wrong is one sentence on `errors`.
+
+    With --json it is a problem document (RFC 9457) on the standard output too.
+    """
+    as_json = "--json" in arguments
     try:
         code = app(arguments, exit_on_error=False, result_action="return_value")
-    except CycloptsError:
+    except CycloptsError as exc:
+        if as_json:
+            sys.stdout.write(_problem(exc) + "\n")
         return Exit.USAGE  # cyclopts has printed it
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except AgentServerError as exc:
         print(f"error: {exc}", file=errors)
+        if as_json:
+            sys.stdout.write(_problem(exc) + "\n")
         match exc:
             case ServerUnreachableError():
                 if "AI_AGENT_SERVER_URL" not in environ:
                     hint = "start one with `ai-agent-server serve`, or name one with --server URL"
                     print(hint, file=errors)
                 return Exit.UNREACHABLE
+            case ServerRefusedError(status=401):
+                print(f"set {API_KEY_VARIABLE} to the server's key, here or in .env", file=errors)
+                return Exit.USAGE
             case ServerRefusedError() if exc.status < 500:
                 return Exit.USAGE
             case ConfigurationError() | InvalidPacketError() | StoreUnusableError():
@@ -89,6 +102,23 @@ def run(arguments: Sequence[str], *, environ: Mapping[str, str], errors: TextIO)
             case _:
                 return Exit.FAILED
     return code if isinstance(code, int) else Exit.OK
+
+
+def _problem(exc: Exception) -> str:
+    told: dict[str, object] = {"type": "about:blank", "title": "The command failed", "detail": str(exc)}
+    match exc:
+        case ServerRefusedError():
+            told |= {"title": exc.title, "status": exc.status, "detail": exc.detail or exc.title}
+        case ServerUnreachableError():
+            told |= {"title": "No server answers"}
+        case ConfigurationError():
+            told |= {"title": "The configuration is wrong"}
+        case CycloptsError() | InvalidPacketError():
+            told |= {"title": "Wrong usage"}
+    for name in ("pointer", "choices"):
+        if found := getattr(exc, name, None):
+            told[name] = found
+    return json.dumps(told, ensure_ascii=False)
 
 
 def main() -> None:

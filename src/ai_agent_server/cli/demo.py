@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ai_agent_server.cli import ENV_FILE, Exit, view
-from ai_agent_server.cli.options import AsJSON, console, print_json
+from ai_agent_server.cli.options import AsJSON, caller, console, print_json
 from ai_agent_server.cli.tasks import follow
 from ai_agent_server.client import Client, Fetched
 from ai_agent_server.config.settings import environment
@@ -176,7 +176,7 @@ def _conclude(out: Console, fetched: Fetched, state_dir: Path) -> None:
             style="yellow",
             soft_wrap=True,
         )
-    command = ".venv/bin/ai-agent-server"
+    command = caller(None).command()
     steps = [
         (f"{command} serve --state-dir {shlex.quote(str(state_dir))}", "the same server, on port 3160"),
         (f'{command} run "..." -e "assert f(1) == 2"', "your own task, in another terminal"),

@@ -13,14 +13,15 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from ai_agent_server import probes
-from ai_agent_server.assembly import engine_for
+from ai_agent_server import probes, tasks_state
+from ai_agent_server.assembly import engine_for, members_for, profiles_for, strategy_for
 from ai_agent_server.cli import Exit
 from ai_agent_server.cli.options import AsJSON, ServerURL, connect, console, print_json
 from ai_agent_server.cli.serve import default_state_dir
 from ai_agent_server.cli.view import printable
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import LLMSettings, MessagingSettings, Settings
+from ai_agent_server.discovery import implementation
 from ai_agent_server.errors import (
     ClientError,
     ConfigurationError,
@@ -80,7 +81,7 @@ def doctor(
 async def check_all(config: Path | None, state_dir: Path, server: str | None) -> tuple[Check, ...]:
     """Every check; they run side by side, each within its own deadline."""
     try:
-        settings: Settings | None = configuration.load(config)
+        settings: Settings | None = await _as_serve_reads_it(config)
         first = Check(part="configuration", status="ok", detail=str(config or "the packaged default"))
     except ConfigurationError as exc:
         settings = None
@@ -99,6 +100,17 @@ async def check_all(config: Path | None, state_dir: Path, server: str | None) ->
     waiting += [_gpus(), asyncio.to_thread(_state, state_dir)]
     parts = await asyncio.gather(*waiting)
     return (first, *(check for part in parts for check in part))
+
+
+async def _as_serve_reads_it(config: Path | None) -> Settings:
+    """The settings, after every part of them was built as `serve` would. Raises `ConfigurationError`."""
+    settings = configuration.load(config)
+    implementation(tasks_state, settings.store.kind, pointer="/store/kind")
+    strategy_for(settings)
+    await asyncio.to_thread(profiles_for, settings, config.parent if config else None)
+    for member in members_for(settings, {}, configuration.environment()).values():
+        await member.engine.aclose()
+    return settings
 
 
 async def _running(server: str | None) -> tuple[Check, ...]:
@@ -203,10 +215,11 @@ async def _local_servers(found: tuple[probes.LocalServer, ...], settings: Settin
     }
     engines = {llm.engine for llm in settings.llms.values()}
     checks = []
-    kinds: tuple[tuple[probes.ServerKind, str], ...] = (
+    # vLLM has no engine of its own: it is spoken to as an API, at its address.
+    kinds: tuple[tuple[probes.ServerKind, str | None], ...] = (
         ("ollama", "local.ollama"),
         ("llama-server", "local.llama_server"),
-        ("vllm", "local.vllm"),
+        ("vllm", None),
     )
     for kind, engine in kinds:
         server = next((each for each in found if each.kind == kind), None)

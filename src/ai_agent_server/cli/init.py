@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ai_agent_server import discovery, llm_engines, probes
 from ai_agent_server.cli import Exit
-from ai_agent_server.cli.options import AsJSON, console, print_json
+from ai_agent_server.cli.options import AsJSON, caller, console, print_json
 from ai_agent_server.config import settings
 from ai_agent_server.core.chat import JSONObject
 from ai_agent_server.errors import ConfigurationError
@@ -42,7 +42,7 @@ APIS: dict[str, tuple[str, str, JSONObject]] = {
 ENGINES: dict[probes.ServerKind, str] = {
     "ollama": "local.ollama",
     "llama-server": "local.llama_server",
-    "vllm": "local.vllm",
+    "vllm": "api.openai",
 }
 
 
@@ -84,7 +84,7 @@ def propose(found: Found, base: JSONObject, *, apis: bool = False) -> Proposal:
     llms: JSONObject = {}
     chosen = _choose(_offers(found), budget_mb, reasons)
     for offer, tier, on in chosen:
-        llms[_free_name(offer.model.name, llms)] = _local(offer, tier, on, found, accelerators)
+        llms[_free_name(offer.model.name, llms)] = _local(offer, tier, on, accelerators)
     if not any(server.models for server in found.servers):
         reasons.append("no Ollama, llama-server or vLLM with a model answers on this machine")
     any_local = any(on for _, _, on in chosen)
@@ -143,15 +143,10 @@ def _choose(offers: list[_Offer], budget_mb: int, reasons: list[str]) -> list[tu
     return chosen
 
 
-def _local(
-    offer: _Offer, tier: str, on: bool, found: Found, accelerators: dict[str, dict[str, int]]
-) -> JSONObject:
+def _local(offer: _Offer, tier: str, on: bool, accelerators: dict[str, dict[str, int]]) -> JSONObject:
     server, model = offer.server, offer.model
     engine = ENGINES[server.kind]
-    base_url = server.url
-    if engine not in found.engines:
-        # vLLM speaks OpenAI's form; so does whatever has no engine of its own.
-        engine, base_url = "api.openai", f"{server.url}/v1"
+    base_url = f"{server.url}/v1" if engine == "api.openai" else server.url
     llm: JSONObject = {
         "engine": engine,
         "model": model.name,
@@ -259,7 +254,8 @@ def init(
     out = console()
     for reason in reasons:
         out.print(Text(f"- {reason}"), soft_wrap=True)
-    out.print(f"wrote {output}; now: ai-agent-server serve --config {output}", soft_wrap=True)
+    now = caller(None).command("serve", "--config", str(output))
+    out.print(f"wrote {output}; now: {now}", soft_wrap=True)
     return Exit.OK
 
 

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from cyclopts import App, Parameter
+from msgspec import UNSET
 from rich.table import Table
 from rich.text import Text
 
 from ai_agent_server.cli import Exit, view
 from ai_agent_server.cli.options import AsJSON, ServerURL, connect, console, print_json
-from ai_agent_server.core.api_schemas import LLMCard
+from ai_agent_server.core.api_schemas import ExplainDraft, LLMCard
 from ai_agent_server.core.chat import Capability, Decision, Privacy, Tier
-from ai_agent_server.load_balancer.base import Requirements
+from ai_agent_server.errors import InvalidPacketError
 
 __all__ = ("llms",)
 
@@ -49,6 +50,8 @@ def switch_off(name: str, /, *, server: ServerURL = None, as_json: AsJSON = Fals
 
 @llms.command
 def explain(
+    to: Annotated[str | None, Parameter(name="PROFILE/ROLE", help="As this role would ask.")] = None,
+    /,
     *,
     llm: Annotated[str | None, Parameter(help="Exactly this LLM.")] = None,
     tier: Tier | None = None,
@@ -56,22 +59,29 @@ def explain(
         tuple[str, ...], Parameter(negative=(), show_default=False, help="LLMs to prefer, best first.")
     ] = (),
     privacy: Annotated[Privacy, Parameter(help="local: nothing may leave this machine.")] = "any",
-    needs: Annotated[tuple[Capability, ...], Parameter(negative=())] = ("chat",),
+    needs: Annotated[
+        tuple[Capability, ...], Parameter(negative=(), show_default=False, help="What it must be able to do.")
+    ] = (),
     input_tokens: int = 0,
-    output_tokens: int = 256,
+    output_tokens: int | None = None,
     max_cost_usd: float | None = None,
     server: ServerURL = None,
     as_json: AsJSON = False,
 ) -> int:
     """Say which LLM would serve such a request, and why. No LLM is called."""
-    wanted = Requirements(
-        llm=llm,
-        tier=tier,
-        prefer=prefer,
+    profile, slash, role = (to or "").partition("/")
+    if to is not None and not (profile and slash and role):
+        raise InvalidPacketError(f"{to!r} is not PROFILE/ROLE")
+    wanted = ExplainDraft(
+        profile=profile or None,
+        role=role or None,
+        llm=llm or UNSET,
+        tier=tier or UNSET,
+        prefer=prefer or UNSET,
         privacy=privacy,
-        needs=frozenset(needs),
+        needs=needs or UNSET,
         input_tokens=input_tokens,
-        output_tokens=output_tokens,
+        output_tokens=UNSET if output_tokens is None else output_tokens,
         max_cost_usd=max_cost_usd,
     )
 
@@ -97,6 +107,12 @@ def _switch(name: str, on: bool, server: str | None, as_json: bool) -> int:
         print_json(card)
     else:
         console().print(f"{card.name} is {'on' if card.toggle else 'off'}", soft_wrap=True)
+        if card.toggle and card.has_key is False:
+            console().print(
+                "warning: the API key that its configuration names is not set where the server runs",
+                style="yellow",
+                soft_wrap=True,
+            )
     return Exit.OK
 
 

@@ -1,17 +1,20 @@
 """Options and habits that the commands share: the server's address, JSON, the console."""
 
+import shutil
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
 from rich.console import Console
 
+from ai_agent_server.cli.caller import Caller
 from ai_agent_server.cli.serve import DEFAULT_HOST, DEFAULT_PORT
 from ai_agent_server.client import Client
 from ai_agent_server.config.settings import API_KEY, environment
 
-__all__ = ("AsJSON", "ServerURL", "connect", "console", "print_json")
+__all__ = ("AsJSON", "ServerURL", "caller", "connect", "console", "print_json")
 
 PIPE_WIDTH = 240
 """A table in a pipe is cut by nobody."""
@@ -36,6 +39,25 @@ def connect(server: str | None) -> Client:
     host = {"0.0.0.0": DEFAULT_HOST, "::": "[::1]"}.get(host, host)  # noqa: S104 - not bound here
     port = environ.get("AI_AGENT_SERVER_PORT") or DEFAULT_PORT
     return Client(server or f"http://{host}:{port}", api_key=environ.get(API_KEY) or None)
+
+
+def caller(server: str | None) -> Caller:
+    """How this command was called, so that what is told to do next can be copied."""
+    # What a variable says holds for the next command too.
+    given = server if server != environment().get("AI_AGENT_SERVER_URL") else None
+    return Caller(program=_program(Path(sys.argv[0])), server=given)
+
+
+def _program(called: Path) -> tuple[str, ...]:
+    if called.name == "__main__.py":
+        return (sys.executable, "-m", "ai_agent_server")
+    if called.suffix == ".py":
+        return (sys.executable, str(called))
+    on_path = shutil.which(called.name)
+    if on_path is not None and Path(on_path).resolve() == called.resolve():
+        return (called.name,)
+    here = Path.cwd()
+    return (str(called.relative_to(here) if called.is_relative_to(here) else called),)
 
 
 def console() -> Console:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ai_agent_server.cli import Exit, view
-from ai_agent_server.cli.options import AsJSON, ServerURL, connect, console, print_json
+from ai_agent_server.cli.caller import Caller
+from ai_agent_server.cli.options import AsJSON, ServerURL, caller, connect, console, print_json
 from ai_agent_server.client import Client, Fetched
 from ai_agent_server.core.chat import JSONObject
 from ai_agent_server.core.task_packet import (
@@ -220,7 +221,7 @@ def run(
         async with connect(server) as client:
             sent = await client.submit(profile, role, draft, idempotency_key=str(uuid.uuid4()))
             task_id = sent.packet.task_id
-            with _going_on(task_id):
+            with _going_on(caller(server).command("watch", task_id)):
                 fetched = await follow(client, task_id, None if as_json else out)
                 while _asks(fetched) and sys.stdin.isatty() and not as_json:
                     said = out.input("answer (empty leaves it for later): ")
@@ -236,7 +237,7 @@ def run(
     if as_json:
         print_json(fetched.packet)
     else:
-        show_end(out, fetched)
+        show_end(out, fetched, caller(server))
     return exit_code(fetched.packet)
 
 
@@ -289,13 +290,13 @@ def watch(task_id: str, /, *, since: int = 0, server: ServerURL = None, as_json:
                     async for item in told:
                         print_json(item, pretty=False)
                 return await client.task(task_id)
-            with _going_on(task_id):
+            with _going_on(caller(server).command("watch", task_id)):
                 return await follow(client, task_id, out, since=since, until_asked=False)
 
     out = console()
     fetched = asyncio.run(talk())
     if not as_json:
-        show_end(out, fetched)
+        show_end(out, fetched, caller(server))
     return exit_code(fetched.packet)
 
 
@@ -322,18 +323,18 @@ def _asks(fetched: Fetched) -> bool:
 
 
 @contextlib.contextmanager
-def _going_on(task_id: str) -> Iterator[None]:
+def _going_on(command: str) -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        sys.stderr.write(f"\nthe task goes on: ai-agent-server watch {task_id}\n")
+        sys.stderr.write(f"\nthe task goes on: {command}\n")
         raise
 
 
-def show_end(out: Console, fetched: Fetched) -> None:
-    """The result, and what can be done now."""
+def show_end(out: Console, fetched: Fetched, called: Caller | None) -> None:
+    """The result, and what can be done now; without `called` the result alone."""
     out.print(view.result(fetched), soft_wrap=True)
-    for step in view.what_next(fetched.packet):
+    for step in () if called is None else view.what_next(fetched.packet, called):
         out.print(Text(f"next {step}", style="dim"), soft_wrap=True)
 
 
@@ -374,7 +375,10 @@ def list_tasks(
         out = console()
         out.print(view.tasks_table(page.items), soft_wrap=True)
         if page.next_cursor:
-            out.print(f"more: ai-agent-server tasks --cursor {page.next_cursor}", soft_wrap=True)
+            filters = (("profile", profile), ("role", role), ("status", status), ("limit", limit))
+            kept = [word for name, value in filters if value for word in (f"--{name}", str(value))]
+            more = caller(server).command("tasks", *kept, "--cursor", page.next_cursor)
+            out.print(f"more: {more}", soft_wrap=True)
     return Exit.OK
 
 
@@ -392,7 +396,7 @@ def show(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False) 
     for event in fetched.packet.history:
         for line in view.describe(event):
             out.print(line, soft_wrap=True)
-    out.print(view.result(fetched), soft_wrap=True)
+    show_end(out, fetched, caller(server) if fetched.packet.status is TaskStatus.INPUT_REQUIRED else None)
     return Exit.OK
 
 

@@ -12,6 +12,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from ai_agent_server.cli.caller import Caller
 from ai_agent_server.client import Fetched, Told
 from ai_agent_server.core.chat import Decision
 from ai_agent_server.core.task_packet import (
@@ -208,14 +209,20 @@ def result(fetched: Fetched) -> RenderableType:
     ended = Text(packet.status.value, style=f"bold {STATUS_STYLE.get(packet.status, '')}".rstrip())
     ended.append(f" ({packet.reason})" if packet.reason else "")
     ended.append(
-        f"  {usage.calls} LLM calls, {usage.input_tokens} tokens in, {usage.output_tokens} out, "
-        f"{usage.feedback_hops} feedback hops",
+        f"  {_counted(usage.calls, 'LLM call')}, {usage.input_tokens} tokens in, {usage.output_tokens} out, "
+        f"{_counted(usage.feedback_hops, 'feedback hop')}",
         style="dim",
     )
     parts.append(ended)
+    if packet.status is TaskStatus.INPUT_REQUIRED and (question := _question(packet)) is not None:
+        parts += _unindented(list(describe(question)))
     if fetched.file:
         parts.append(Text(f"file {fetched.file}"))
     return Group(*parts)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _made(found: dict[str, Any]) -> list[RenderableType]:
@@ -254,31 +261,40 @@ def asked(packet: TaskPacket) -> RenderableType:
     return _indented(output(packet.payload), "   ")
 
 
-def what_next(packet: TaskPacket) -> tuple[str, ...]:
-    """Commands and advice that make sense now."""
+def what_next(packet: TaskPacket, called: Caller) -> tuple[str, ...]:
+    """Commands, as they can be copied, and advice that make sense now."""
     me = packet.task_id
+    doctor = called.command("doctor")
+    show = called.command("tasks", "show", me)
     match packet.reason:
         case "llm_unavailable":
-            return ("ai-agent-server doctor", "ai-agent-server llms explain")
+            return (doctor, called.command("llms", "explain", f"{packet.profile}/{packet.role}"))
         case "sandbox_unavailable":
-            return ("ai-agent-server doctor",)
+            return (doctor,)
         case "max_debug" | "loop_detected" | "no_progress" | "invalid_output":
+            init = called.command("init", asks_server=False)
             return (
-                f"ai-agent-server tasks show {me}   # every step and why",
-                "ai-agent-server init   # use a larger model: Ollama, llama-server, vLLM or an API",
+                f"{show}   # every step and why",
+                f"{init}   # use a larger model: Ollama, llama-server, vLLM or an API",
             )
         case "budget_calls" | "budget_tokens" | "budget_wall" | "budget_cost":
-            return (f"raise the limit that was met ({packet.reason}): ai-agent-server run --help",)
+            help_page = called.command("run", "--help", asks_server=False)
+            return (f"raise the limit that was met ({packet.reason}): {help_page}",)
         case "poison" | "internal" | "worker_lost":
-            return (f"ai-agent-server tasks show {me} --json   # its whole history",)
+            return (f"{called.command('tasks', 'show', me, '--json')}   # its whole history",)
     if packet.status is TaskStatus.INPUT_REQUIRED:
-        asked = next((e for e in reversed(packet.history) if isinstance(e, InputRequired)), None)
-        role = asked.role if asked else "user"
-        outcome = "answer" if role == "user" else "done"
-        return (f'ai-agent-server tasks feedback {me} --role {role} --outcome {outcome} --why "..."',)
+        question = _question(packet)
+        role = question.role if question else "user"
+        outcome = {"user": "answer", "qa": "pass"}.get(role, "done")
+        words = ("tasks", "feedback", me, "--role", role, "--outcome", outcome)
+        return (f'{called.command(*words)} --why "..."',)
     if not packet.status.is_final:
-        return (f"ai-agent-server watch {me}",)
-    return (f"ai-agent-server tasks show {me}",)
+        return (called.command("watch", me),)
+    return (show,)
+
+
+def _question(packet: TaskPacket) -> InputRequired | None:
+    return next((event for event in reversed(packet.history) if isinstance(event, InputRequired)), None)
 
 
 def tasks_table(items: Sequence[TaskSummary]) -> RenderableType:
@@ -303,7 +319,7 @@ def tasks_table(items: Sequence[TaskSummary]) -> RenderableType:
 def decision(found: Decision) -> RenderableType:
     """Which LLM, why, and what became of each of the others."""
     head = Text(found.chosen or "no LLM", style="bold green" if found.chosen else "bold red")
-    head.append(printable(f": {found.reason}"), style="")
+    head.append(printable(f": {_reason(found.chosen or '', found.reason)}"), style="")
     table = _table("llm", "score", "why")
     for candidate in found.candidates:
         score = "" if candidate.score is None else f"{candidate.score:.2f}"

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeAlias, TypeVar
 
@@ -24,7 +24,7 @@ from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Send
 from msgspec import UNSET
 
-from ai_agent_server.config.settings import Settings, json_schema
+from ai_agent_server.config.settings import LLMSettings, RoleSettings, Settings, json_schema, secret
 from ai_agent_server.core import api_document
 from ai_agent_server.core.api_schemas import (
     INTERNAL,
@@ -59,11 +59,18 @@ from ai_agent_server.core.task_packet import (
     FeedbackDraft,
     Progress,
     Rejected,
+    StepFinished,
     TaskDraft,
     TaskPacket,
     is_task_id,
 )
-from ai_agent_server.errors import AgentServerError, InvalidPacketError, TaskNotFoundError, UnknownLLMError
+from ai_agent_server.errors import (
+    AgentServerError,
+    InvalidPacketError,
+    TaskNotFoundError,
+    UnknownLLMError,
+    UnknownRoleError,
+)
 from ai_agent_server.load_balancer.base import LLMView
 from ai_agent_server.loopback import is_loopback_url
 
@@ -71,13 +78,18 @@ log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_S = 15.0
 WRITE_TIMEOUT_S = 30.0
+MAX_HEADER_CHARS = 300
+DOCS = "/api/v1/docs"
 
 AnyRequest: TypeAlias = Request[Any, Any, Any]
 T = TypeVar("T")
 
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(;.*)?", re.IGNORECASE)
+_NOT_IN_A_HEADER = re.compile(r"[^\x20-\x7e]")
 _FINAL = (Completed, Failed, Canceled, Rejected)
+# Litestar adds the charset to a text by itself.
+_PROMETHEUS = PROMETHEUS_TEXT.partition("; charset")[0]
 _NO_STORE = {"Cache-Control": "no-store"}
 
 
@@ -92,12 +104,14 @@ def create_app(
     task_file: Callable[[str], str],
     version: str,
     api_key: str | None = None,
+    environ: Mapping[str, str] | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
     write_timeout_s: float = WRITE_TIMEOUT_S,
 ) -> Litestar:
     """The ASGI application.
 
     `settings` answers the configuration in force, `task_file` where a person finds a task's state.
+    `environ` is where the keys of LLMs are looked for, to say whether they are set.
     With an `api_key` every route but health asks for it. `reload` raises `ConfigurationError` and
     then has changed nothing.
     """
@@ -109,7 +123,13 @@ def create_app(
         write_timeout_s=write_timeout_s,
     )
     server = ServerRoutes(
-        balancer=balancer, settings=settings, health=health, metrics=metrics, reload=reload, version=version
+        balancer=balancer,
+        settings=settings,
+        health=health,
+        metrics=metrics,
+        reload=reload,
+        version=version,
+        environ=environ or {},
     )
     handlers = [*tasks.handlers(), *server.handlers()]
     return Litestar(
@@ -164,10 +184,13 @@ class TaskRoutes:
         """Take a task; 202 when its file is safe, 200 when it ended in time or came before."""
         query = _query(request, SubmitQuery)
         key = _idempotency_key(request)
+        is_local = _asks_for_local(request)
         draft = decode(await self._body(request), TaskDraft)
         _same("profile", draft.profile, profile)
         _same("role", draft.role, role)
-        draft = msgspec.structs.replace(draft, profile=profile, role=role)
+        draft = msgspec.structs.replace(
+            draft, profile=profile, role=role, privacy="local" if is_local else draft.privacy
+        )
         packet, is_new = await self._engine.submit(draft, via="rest", idempotency_key=key)
 
         preferred = _preferred_wait_s(request)
@@ -176,7 +199,7 @@ class TaskRoutes:
             packet = await self._engine.wait(packet.task_id, wait_s)
         headers = {
             "Location": f"/api/v1/tasks/{packet.task_id}",
-            "X-Task-File": _header_text(self._task_file(packet.task_id)),
+            **self._headers(packet),
         }
         if preferred is not None and query.wait is UNSET:
             headers["Preference-Applied"] = f"wait={preferred:.0f}"
@@ -197,7 +220,7 @@ class TaskRoutes:
         """One task, whole."""
         _query(request, NoQuery)
         packet = await self._engine.read(_checked_id(task_id))
-        return _json(packet, headers={"X-Task-File": _header_text(self._task_file(packet.task_id))})
+        return _json(packet, headers=self._headers(packet))
 
     async def delete(self, request: AnyRequest, task_id: FromPath[str]) -> None:
         """Remove an ended task."""
@@ -207,7 +230,8 @@ class TaskRoutes:
     async def cancel(self, request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
         """End a task now."""
         _query(request, NoQuery)
-        return _json(await self._engine.cancel(_checked_id(task_id)), status=200)
+        packet = await self._engine.cancel(_checked_id(task_id))
+        return _json(packet, status=200, headers=self._headers(packet))
 
     async def feedback(self, request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
         """Take an outside agent's report."""
@@ -215,7 +239,8 @@ class TaskRoutes:
         checked = _checked_id(task_id)
         draft = decode(await self._body(request), FeedbackDraft)
         _same("task_id", draft.task_id, checked)
-        return _json(await self._engine.feedback(checked, draft, via="rest"), status=202)
+        packet = await self._engine.feedback(checked, draft, via="rest")
+        return _json(packet, status=202, headers=self._headers(packet))
 
     async def events(self, request: AnyRequest, task_id: FromPath[str]) -> ASGIResponse:
         """The task's events as they happen."""
@@ -230,6 +255,18 @@ class TaskRoutes:
             task_id=packet.task_id,
             write_timeout_s=self._write_timeout_s,
         )
+
+    def _headers(self, packet: TaskPacket) -> dict[str, str]:
+        """Where the task is kept, and which LLM answered last and why."""
+        headers = {"X-Task-File": _header_text(self._task_file(packet.task_id))}
+        call = next(
+            (e.call for e in reversed(packet.history) if isinstance(e, StepFinished) and e.call), None
+        )
+        if call is not None:
+            headers["X-LLM"] = _header_text(call.llm)[:MAX_HEADER_CHARS]
+            if call.decision is not None:
+                headers["X-Routing-Reason"] = _header_text(call.decision.reason)[:MAX_HEADER_CHARS]
+        return headers
 
     async def _body(self, request: AnyRequest) -> bytes:
         return await _read_body(request, int(self._settings().server.max_body_mb * 1024 * 1024))
@@ -247,7 +284,9 @@ class ServerRoutes:
         metrics: Metrics,
         reload: Callable[[], Awaitable[ReloadReport]],
         version: str,
+        environ: Mapping[str, str],
     ) -> None:
+        self._environ = environ
         self._balancer = balancer
         self._settings = settings
         self._health = health
@@ -265,11 +304,14 @@ class ServerRoutes:
             post("/api/v1/config/reload")(self.reload),
             get("/api/v1/metrics")(self.metrics),
             get("/metrics")(self.prometheus),
-            get(["/health", "/api/v1/health"], opt={"public": True})(self.health),
+            route(["/health", "/api/v1/health"], http_method=["GET", "HEAD"], opt={"public": True})(
+                self.health
+            ),
+            get("/")(self.front_door),
             get("/api/v1/schema/task-packet")(self.task_packet_schema),
             get("/api/v1/schema/configuration")(self.configuration_schema),
             get("/api/v1/openapi.json")(self.openapi),
-            get("/api/v1/docs")(self.docs),
+            get(DOCS)(self.docs),
         ]
 
     async def profiles(self, request: AnyRequest) -> Response[bytes]:
@@ -297,7 +339,11 @@ class ServerRoutes:
         """Which LLM would serve, and why."""
         _query(request, NoQuery)
         draft = decode(await self._body(request), ExplainDraft)
-        return _json(self._balancer.explain(draft.requirements()), status=200)
+        settings = self._settings()
+        role = _role_asked(draft, settings)
+        if role is not None and role.llm is not None and _stays_here(settings.llms.get(role.llm)):
+            role = msgspec.structs.replace(role, privacy="local")
+        return _json(self._balancer.explain(draft.requirements(role)), status=200)
 
     async def reload(self, request: AnyRequest) -> Response[bytes]:
         """Read the configuration again."""
@@ -311,7 +357,11 @@ class ServerRoutes:
 
     async def prometheus(self) -> Response[bytes]:
         """The same metrics for Prometheus."""
-        return Response(self._metrics.prometheus(), media_type=PROMETHEUS_TEXT, headers=_NO_STORE)
+        return Response(
+            self._metrics.prometheus(),
+            media_type=_PROMETHEUS,
+            headers=_NO_STORE,
+        )
 
     async def health(self) -> Response[bytes]:
         """Whether the server can work."""
@@ -330,6 +380,10 @@ class ServerRoutes:
         """This API, described."""
         return Response(msgspec.json.encode(self._document), media_type=JSON)
 
+    async def front_door(self) -> Response[None]:
+        """Who comes with a browser is led to the docs."""
+        return Response(None, status_code=303, headers={"Location": DOCS})
+
     async def docs(self) -> Response[str]:
         """This API, for people."""
         return Response(api_document.page(self._document), media_type=MediaType.HTML)
@@ -339,7 +393,7 @@ class ServerRoutes:
 
     def _cards(self) -> tuple[LLMCard, ...]:
         settings = self._settings()
-        return tuple(_llm_card(view, settings) for view in self._balancer.views())
+        return tuple(_llm_card(view, settings, self._environ) for view in self._balancer.views())
 
 
 class EventStream(ASGIResponse):
@@ -508,6 +562,35 @@ def _idempotency_key(request: AnyRequest) -> str | None:
     return key
 
 
+def _asks_for_local(request: AnyRequest) -> bool:
+    """`X-Privacy`. Whoever says it twice is taken at the stricter word."""
+    given = {value.strip().lower() for value in request.headers.getall("x-privacy", [])}
+    if not given <= {"any", "local"}:
+        raise BadParameterError("no such privacy", pointer="X-Privacy", choices=("any", "local"))
+    return "local" in given
+
+
+def _role_asked(draft: ExplainDraft, settings: Settings) -> RoleSettings | None:
+    """The role that a request is explained for."""
+    if draft.profile is None and draft.role is None:
+        return None
+    if draft.profile is None or draft.role is None:
+        missing = "profile" if draft.profile is None else "role"
+        raise InvalidPacketError(f"{missing!r} is missing", pointer=f"/{missing}", expected="string")
+    profile = settings.profiles.get(draft.profile)
+    if profile is None:
+        raise UnknownRoleError("profile", draft.profile[:80], tuple(settings.profiles))
+    role = profile.roles.get(draft.role)
+    if role is None:
+        raise UnknownRoleError("role", draft.role[:80], tuple(profile.roles))
+    return role
+
+
+def _stays_here(llm: LLMSettings | None) -> bool:
+    """Whether a role that is assigned to `llm` never leaves this machine."""
+    return llm is not None and llm.locked and llm.source == "local"
+
+
 def _last_event_id(request: AnyRequest) -> int | None:
     given = request.headers.get("last-event-id")
     if given is None:
@@ -567,14 +650,16 @@ def _profile_cards(settings: Settings) -> tuple[ProfileCard, ...]:
     )
 
 
-def _llm_card(view: LLMView, settings: Settings) -> LLMCard:
+def _llm_card(view: LLMView, settings: Settings, environ: Mapping[str, str]) -> LLMCard:
     configured = settings.llms.get(view.name)
+    needs_key = configured is not None and configured.api_key is not None
     return LLMCard(
         name=view.name,
         engine=configured.engine if configured else None,
         model=configured.model if configured else None,
         source=view.source,
         tier=view.tier,
+        has_key=bool(secret(configured.api_key, environ)) if configured and needs_key else None,
         toggle=view.toggle,
         locked=view.locked,
         capabilities=tuple(sorted(view.capabilities)),
@@ -599,7 +684,7 @@ def _json(
 
 def _header_text(text: str) -> str:
     """`text` as a header can carry it: a folder's name may hold anything."""
-    return text.encode("ascii", "backslashreplace").decode().replace("\r", "\\r").replace("\n", "\\n")
+    return _NOT_IN_A_HEADER.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _on_our_error(request: AnyRequest, exc: AgentServerError) -> Response[bytes]:

@@ -139,6 +139,15 @@ _TASK_FILE = Header(
 _APPLIED = Header(
     "Preference-Applied", "The preference that was followed.", {"type": "string"}, example="wait=30"
 )
+_ROUTING = (
+    Header("X-LLM", "The LLM that answered last; absent before.", {"type": "string"}, example="embedded"),
+    Header(
+        "X-Routing-Reason",
+        "Why the balancer chose it; the packet's history has the whole decision.",
+        {"type": "string"},
+        example="embedded: best of 2 (in memory)",
+    ),
+)
 _EVENT_HEADERS = (
     Header("Cache-Control", "Never kept.", {"type": "string", "const": "no-store"}, True, "no-store"),
     Header("X-Accel-Buffering", "Proxies pass it on.", {"type": "string", "const": "no"}, True, "no"),
@@ -148,7 +157,7 @@ _EVENT_HEADERS = (
 def operations() -> tuple[Operation, ...]:
     """Every operation, in the order in which a newcomer meets them."""
     done, submitted = _example_packets()
-    task_headers = (_LOCATION, _TASK_FILE, _APPLIED)
+    task_headers = (_LOCATION, _TASK_FILE, _APPLIED, *_ROUTING)
     llm = _example_llm()
     decision = Decision(
         chosen="embedded",
@@ -180,6 +189,13 @@ def operations() -> tuple[Operation, ...]:
                     example="order-4711",
                 ),
                 Header("Prefer", "`wait=N`, in seconds.", {"type": "string"}, example="wait=30"),
+                Header(
+                    "X-Privacy",
+                    "`local`: no LLM outside this machine sees the task. `any` never weakens what the body "
+                    "says.",
+                    {"type": "string", "enum": ["any", "local"]},
+                    example="local",
+                ),
             ),
             body=TaskDraft,
             body_example=_DRAFT,
@@ -209,7 +225,8 @@ def operations() -> tuple[Operation, ...]:
             id="listTasks",
             tag="tasks",
             summary="List tasks",
-            about="Newest first, in pages. `next_cursor` is null on the last page.",
+            about="Newest first, in pages. `next_cursor` is null on the last page. A profile or role that is "
+            "not configured (any more) is no mistake: its tasks may still be there.",
             query=ListQuery,
             answers=(
                 Answer(
@@ -233,7 +250,7 @@ def operations() -> tuple[Operation, ...]:
                     about="The packet with its whole history.",
                     kind=TaskPacket,
                     example=done,
-                    headers=(_TASK_FILE,),
+                    headers=(_TASK_FILE, *_ROUTING),
                 ),
             ),
             problems=(errors.TaskNotFoundError, *_STORE),
@@ -255,7 +272,15 @@ def operations() -> tuple[Operation, ...]:
             summary="Cancel a task",
             about="Stops what runs for it: the LLM's socket is closed and the sandbox's processes are "
             "killed.",
-            answers=(Answer(status=200, about="The canceled packet.", kind=TaskPacket, example=done),),
+            answers=(
+                Answer(
+                    status=200,
+                    about="The canceled packet.",
+                    kind=TaskPacket,
+                    example=done,
+                    headers=(_TASK_FILE, *_ROUTING),
+                ),
+            ),
             problems=(
                 errors.TaskNotFoundError,
                 errors.InvalidTransitionError,
@@ -274,7 +299,13 @@ def operations() -> tuple[Operation, ...]:
             body=FeedbackDraft,
             body_example=_FEEDBACK,
             answers=(
-                Answer(status=202, about="The packet with the report.", kind=TaskPacket, example=submitted),
+                Answer(
+                    status=202,
+                    about="The packet with the report.",
+                    kind=TaskPacket,
+                    example=submitted,
+                    headers=(_TASK_FILE, *_ROUTING),
+                ),
             ),
             problems=(
                 errors.TaskNotFoundError,
@@ -359,10 +390,11 @@ def operations() -> tuple[Operation, ...]:
             summary="Which LLM would serve, and why",
             about="Nothing is called. Every candidate is told with its score (lower is better) or the "
             "rule that refused it, as numbered in load_balancer_rules.md. `chosen` is null when "
-            "nobody may serve.",
+            "nobody may serve. With `profile` and `role` it is asked for that role as configured.",
             body=ExplainDraft,
-            body_example={"tier": "small", "privacy": "local", "input_tokens": 800},
+            body_example={"profile": "developer", "role": "planner", "privacy": "local"},
             answers=(Answer(status=200, about="The decision.", kind=Decision, example=decision),),
+            problems=(errors.UnknownRoleError,),
         ),
         Operation(
             method="post",

@@ -3,12 +3,14 @@
 HTTP statuses stand here, in `PROBLEMS` and `REFUSALS`, and in the two other `api_` modules alone.
 """
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from ai_agent_server import errors
+from ai_agent_server.config.settings import RoleSettings
 from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier
 from ai_agent_server.core.task_packet import TaskStatus
 from ai_agent_server.core.workflow import Edge
@@ -143,10 +145,16 @@ class SubmitQuery(_Strict, frozen=True, kw_only=True):
 class ListQuery(_Strict, frozen=True, kw_only=True):
     """Query of GET /api/v1/tasks."""
 
-    profile: Annotated[str, msgspec.Meta(description="Only tasks of this profile.")] | UnsetType = UNSET
-    role: Annotated[str, msgspec.Meta(description="Only tasks that entered at this role.")] | UnsetType = (
-        UNSET
-    )
+    profile: (
+        Annotated[str, msgspec.Meta(description="Only tasks of this profile; none where it is unknown.")]
+        | UnsetType
+    ) = UNSET
+    role: (
+        Annotated[
+            str, msgspec.Meta(description="Only tasks that entered at this role; none where it is unknown.")
+        ]
+        | UnsetType
+    ) = UNSET
     status: Annotated[TaskStatus, msgspec.Meta(description="Only tasks in this status.")] | UnsetType = UNSET
     context_id: Annotated[str, msgspec.Meta(description="Only tasks of this context.")] | UnsetType = UNSET
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGE, description="Tasks on a page.")] = 50
@@ -183,23 +191,65 @@ class ToggleDraft(_Strict, frozen=True, kw_only=True):
 
 
 class ExplainDraft(_Strict, frozen=True, kw_only=True):
-    """A request to the balancer in thought: which LLM would serve it?"""
+    """A request to the balancer in thought: which LLM would serve it?
 
-    llm: str | None = None
+    With `profile` and `role` it is a request of that role as configured; what is said here goes
+    before it, but `privacy: any` never weakens a role that is `local`.
+    """
+
+    profile: str | None = None
+    role: str | None = None
+    llm: str | UnsetType | None = UNSET
     """Exactly this LLM."""
-    tier: Tier | None = None
-    prefer: tuple[str, ...] = ()
+    tier: Tier | UnsetType | None = UNSET
+    prefer: tuple[str, ...] | UnsetType = UNSET
     privacy: Privacy = "any"
-    needs: tuple[Capability, ...] = ("chat",)
+    needs: tuple[Capability, ...] | UnsetType = UNSET
+    """By default `chat`, and what the role needs."""
     input_tokens: Tokens = 0
-    output_tokens: Tokens = 256
+    output_tokens: Tokens | UnsetType = UNSET
+    """By default the role's `max_tokens`, else 256."""
     max_cost_usd: Dollars | None = None
     exclude: tuple[str, ...] = ()
 
-    def requirements(self) -> Requirements:
-        """The same for the balancer."""
-        asked = msgspec.structs.asdict(self)
-        return Requirements(**{**asked, "needs": frozenset(self.needs), "exclude": frozenset(self.exclude)})
+    def requirements(self, role: RoleSettings | None = None) -> Requirements:
+        """The same for the balancer; what is not said is as `role` has it."""
+        wanted = Requirements(
+            privacy=self.privacy,
+            input_tokens=self.input_tokens,
+            max_cost_usd=self.max_cost_usd,
+            exclude=frozenset(self.exclude),
+        )
+        if role is not None:
+            wanted = msgspec.structs.replace(
+                wanted,
+                llm=role.llm,
+                tier=role.tier,
+                prefer=role.prefer,
+                privacy="local" if "local" in (self.privacy, role.privacy) else "any",
+                needs=frozenset(_role_needs(self, role)),
+                output_tokens=role.max_tokens,
+            )
+        said = {
+            name: value
+            for name, value in (
+                ("llm", self.llm),
+                ("tier", self.tier),
+                ("prefer", self.prefer),
+                ("needs", UNSET if self.needs is UNSET else frozenset(self.needs)),
+                ("output_tokens", self.output_tokens),
+            )
+            if value is not UNSET
+        }
+        return msgspec.structs.replace(wanted, **said)
+
+
+def _role_needs(draft: ExplainDraft, role: RoleSettings) -> Iterator[Capability]:
+    yield "chat"
+    if role.result_schema is not None:
+        yield "json_schema"
+    if (role.agent or f"{draft.profile}.{draft.role}").endswith(".vision"):
+        yield "vision"
 
 
 class RoleCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,6 +291,8 @@ class LLMCard(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None
     source: Source
     tier: Tier
+    has_key: bool | None = None
+    """Whether the API key that it names is set in the server's environment; None: it names none."""
     toggle: bool
     locked: bool
     capabilities: tuple[Capability, ...]

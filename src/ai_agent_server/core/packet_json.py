@@ -3,6 +3,7 @@
 Every mistake is an `InvalidPacketError` that says where (a JSON pointer) and what would have been taken.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -51,6 +52,12 @@ def _read(raw: bytes) -> Any:
     # Both walks cost a pass over the values; nearly no packet needs one.
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
         raise _too_deep()
+    if (path_of_twice := _find_twice(raw)) is not None:
+        raise InvalidPacketError(
+            f"the key {path_of_twice[-1][:80]!r} stands twice in one object",
+            pointer=json_pointer(path_of_twice),
+            expected="each key once",
+        )
     if b"\\u0000" in raw and (path_of_nul := _find_nul(value)) is not None:
         raise InvalidPacketError(
             "text holds the character NUL", pointer=json_pointer(path_of_nul), expected="text without U+0000"
@@ -73,6 +80,41 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 def _children(node: Any) -> Iterable[Any]:
     return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+
+
+class _KeyTwice(dict[str, Any]):
+    """An object in which `twice` stands twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]], twice: str) -> None:
+        super().__init__(pairs)
+        self.twice = twice
+
+
+def _find_twice(raw: bytes) -> tuple[str, ...] | None:
+    """Where a key stands twice in one object. msgspec takes the last one without a word."""
+    found = False
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal found
+        made = dict(pairs)
+        if len(made) == len(pairs):
+            return made
+        found = True
+        names = [name for name, _ in pairs]
+        return _KeyTwice(pairs, next(name for at, name in enumerate(names) if name in names[:at]))
+
+    # The numbers are of no interest, and Python refuses to convert very long ones.
+    value = json.loads(raw.decode(), object_pairs_hook=once, parse_int=str, parse_float=str)
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), value)] if found else []
+    while waiting:
+        path, node = waiting.pop()
+        if isinstance(node, _KeyTwice):
+            return (*path, node.twice)
+        if isinstance(node, dict):
+            waiting.extend(((*path, key), child) for key, child in node.items())
+        elif isinstance(node, list):
+            waiting.extend(((*path, str(index)), child) for index, child in enumerate(node))
+    return None
 
 
 def _find_nul(value: Any) -> tuple[str, ...] | None:

@@ -39,7 +39,7 @@ class VisionAgent:
         """
         payload = context.packet.payload
         given = as_text(payload["image"])
-        content = _from_data_url(given) if given.startswith("data:") else await context.read_file(given)
+        content = _from_data_url(given) if given.startswith("data:") else await _from_file(context, given)
         image = ImagePart(
             media_type=_media_type(content),
             content=base64.b64encode(content).decode("ascii"),
@@ -49,6 +49,22 @@ class VisionAgent:
         reply = await context.chat(request(context, fields, schema=schema, images=(image,)))
         output = {"text": read_text(reply)} if schema is None else read_object(reply, schema)
         return Outcome(verdict="done", output=output)
+
+
+async def _from_file(context: AgentContext, path: str) -> bytes:
+    if path.lower().startswith(("http://", "https://")):
+        raise InvalidPacketError(
+            "an image is not fetched from an address",
+            pointer="/payload/image",
+            expected="the image itself as a data URL, or a file on the server's machine",
+        )
+    try:
+        return await context.read_file(path)
+    except InvalidPacketError as exc:
+        # The reader does not know which field named the file.
+        raise InvalidPacketError(
+            exc.problem, pointer="/payload/image", expected=exc.expected, choices=exc.choices
+        ) from exc
 
 
 def _from_data_url(url: str) -> bytes:
