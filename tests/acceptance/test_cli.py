@@ -420,3 +420,11 @@ async def test_init_writes_a_configuration_that_loads_and_leaves_one_that_is_the
     again = await cli("init", cwd=tmp_path, OLLAMA_HOST="127.0.0.1:9")
     assert (again.code, "--force" in again.errors) == (2, True)
     assert (tmp_path / "configuration.json").read_text() == written
+
+
+async def test_a_missing_key_is_told_with_its_variable(tmp_path: Path) -> None:
+    config = write_config(tmp_path, llms=scripted(*REPLIES), messaging={"enabled": False})
+    async with ServerProcess(tmp_path / "state", config, AI_AGENT_SERVER_API_KEY="k") as running:
+        ran = await cli("tasks", cwd=tmp_path, AI_AGENT_SERVER_URL=running.url)
+    assert ran.code == 2
+    assert "set AI_AGENT_SERVER_API_KEY" in ran.errors

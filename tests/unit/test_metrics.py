@@ -235,3 +235,9 @@ def test_every_family_has_a_name_that_prometheus_takes_and_a_text(world: World) 
     for family in families:
         assert re.fullmatch(r"ai_agent_server_[a-z_]+", family.name)
         assert family.documentation
+
+
+def test_json_has_no_digits_that_were_not_measured(world: World) -> None:
+    world.task(step(duration_ms=1.23456789, call=call()), Completed(at=START, result={}))
+
+    assert not re.search(rb"\d\.\d{7}", world.metrics.encode().split(b'"state"')[1])
