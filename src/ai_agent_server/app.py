@@ -128,11 +128,13 @@ class Server:
         """Each part as it stands; no model is loaded nor kept warm by asking."""
         store = await self._store_watch.look()
         views = self.balancer.views()
-        usable = [view.name for view in views if view.toggle and view.circuit != "open"]
+        # Somebody switched those off; that is no fault.
+        wanted = [view for view in views if view.toggle]
+        usable = [view for view in wanted if view.circuit != "open"]
         probe = self._sandbox_probe
         components = {
             "engines": Component(
-                status="ok" if len(usable) == len(views) else "degraded" if usable else "down",
+                status="down" if not usable else "ok" if len(usable) == len(wanted) else "degraded",
                 detail=", ".join(
                     f"{view.name} ({'off' if not view.toggle else f'circuit {view.circuit}'})"
                     for view in views
@@ -140,8 +142,11 @@ class Server:
                 advice="" if usable else "switch an LLM on, or see why each fails: ai-agent-server doctor",
             ),
             "store": Component(
-                status="ok" if store.ok else "down",
-                detail=store.detail or f"{store.tasks} tasks in {store.location}",
+                status="down" if not store.ok else "degraded" if store.corrupt else "ok",
+                detail=store.detail
+                or f"{store.tasks} tasks in {store.location}"
+                + (f"; {store.corrupt} broken files were moved aside" if store.corrupt else ""),
+                advice="look at corrupt/ in the state folder, then empty it" if store.corrupt else "",
             ),
             "nats": _messaging(self._messages.health()),
             "sandbox": Component(
@@ -163,6 +168,8 @@ class Server:
 
 def _messaging(messages: McpHealth) -> Component:
     channel, behind = messages.channel, messages.unpublished_tasks
+    if channel.url.startswith("memory:"):
+        return Component(status="ok", detail="off (messaging.enabled is false)")
     detail = (
         f"{channel.state}{f' to {channel.url}' if channel.url else ''}"
         f"{' (embedded)' if channel.embedded else ''}"
@@ -304,6 +311,7 @@ async def running(
                 task_file=store.location,
                 version=__version__,
                 api_key=environ.get(API_KEY) or None,
+                environ=environ,
             ),
         )
 
