@@ -52,13 +52,10 @@ from ai_agent_server.core.metrics import PROMETHEUS_TEXT, Metrics
 from ai_agent_server.core.packet_json import decode, decode_query
 from ai_agent_server.core.ports import Balancer, HealthReport, Orchestration, ReloadReport
 from ai_agent_server.core.task_packet import (
+    FINAL_EVENTS,
     AnyTaskEvent,
-    Canceled,
-    Completed,
-    Failed,
     FeedbackDraft,
     Progress,
-    Rejected,
     StepFinished,
     TaskDraft,
     TaskPacket,
@@ -87,7 +84,6 @@ T = TypeVar("T")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _WAIT = re.compile(r"\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(;.*)?", re.IGNORECASE)
 _NOT_IN_A_HEADER = re.compile(r"[^\x20-\x7e]")
-_FINAL = (Completed, Failed, Canceled, Rejected)
 # Litestar adds the charset to a text by itself.
 _PROMETHEUS = PROMETHEUS_TEXT.partition("; charset")[0]
 _NO_STORE = {"Cache-Control": "no-store"}
@@ -465,7 +461,7 @@ async def _frames(
                 await coming
         if isinstance(followed, AsyncGenerator):
             await followed.aclose()
-    if not packet.status.is_final and not isinstance(last, _FINAL):
+    if not packet.status.is_final and not isinstance(last, FINAL_EVENTS):
         yield b": cut; come back with Last-Event-ID\n\n"
 
 

@@ -4,13 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 from ai_agent_server.core.task_packet import (
+    FINAL_EVENTS,
     AnyTaskEvent,
-    Canceled,
-    Completed,
-    Failed,
     InputRequired,
     Progress,
-    Rejected,
     TaskPacket,
     TaskStatus,
 )
@@ -19,7 +16,6 @@ BACKLOG = 1024
 """How many events a reader may be behind before it is cut; it comes back with its last seq."""
 
 _Read = Callable[[str], Awaitable[TaskPacket]]
-_ENDS = (Completed, Failed, Canceled, Rejected)
 
 
 class _Reader:
@@ -78,7 +74,7 @@ class Readers:
                 elif item.seq > seen:
                     seen = item.seq
                     yield item
-                    ended = isinstance(item, _ENDS)
+                    ended = isinstance(item, FINAL_EVENTS)
         finally:
             self._leave(task_id, reader)
 
@@ -91,7 +87,7 @@ class Readers:
                 return packet
             async with asyncio.timeout(timeout_s):
                 while (item := await reader.queue.get()) is not None:
-                    if isinstance(item, (*_ENDS, InputRequired)):
+                    if isinstance(item, (*FINAL_EVENTS, InputRequired)):
                         break
         except TimeoutError:
             pass

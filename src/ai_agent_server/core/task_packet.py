@@ -295,6 +295,10 @@ AnyTaskEvent: TypeAlias = (
 )
 
 
+FINAL_EVENTS = (Completed, Failed, Canceled, Rejected)
+"""After one of these nothing follows."""
+
+
 class TaskPacket(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON task packet: what was asked, and the fold of everything that happened since.
 
