@@ -2,9 +2,9 @@
 
 import pytest
 
-from ai_agent_server.agents._answer import read_object
-from ai_agent_server.agents._prompt import render, section_of
+from ai_agent_server.core.answer import read_object
 from ai_agent_server.core.chat import ChatReply, JSONObject
+from ai_agent_server.core.prompt import render, section_of
 from ai_agent_server.errors import ConfigurationError, InvalidOutputError
 from tests.agent_context import Chat, Task
 

@@ -5,9 +5,9 @@ import hashlib
 import re
 import warnings
 
-from ai_agent_server.agents._answer import read_text
 from ai_agent_server.agents.base import Outcome
 from ai_agent_server.agents.developer._history import FALLBACK_NAME, entry_point, is_python, language
+from ai_agent_server.core.answer import read_text
 from ai_agent_server.core.chat import ChatReply
 from ai_agent_server.core.code_text import mechanical_repairs
 from ai_agent_server.core.task_packet import Artifact, TaskPacket

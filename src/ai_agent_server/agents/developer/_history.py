@@ -6,9 +6,10 @@ import re
 
 import msgspec
 
-from ai_agent_server.agents._prompt import as_text
 from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.code_text import builtin_under_test
 from ai_agent_server.core.next_step import Draft, drafts
+from ai_agent_server.core.prompt import as_text
 from ai_agent_server.core.task_packet import Artifact, FeedbackReceived, StepFinished, TaskPacket
 from ai_agent_server.core.workflow import Workflow
 
@@ -130,6 +131,8 @@ def entry_point(packet: TaskPacket) -> str:
     for example in anchors(packet):
         for name in called_names(example):
             return name
+    if (own := builtin_under_test(anchors(packet))) is not None:
+        return own
     named = _NAMED.search(as_text(packet.payload.get("task")))
     if named is not None:
         return next(group for group in named.groups() if group)

@@ -50,8 +50,8 @@ def runnable(tests: tuple[str, ...], entry_point: str, anchors: tuple[str, ...])
 
 def _says_something(test: str, entry_point: str) -> bool:
     root = entry_point.partition(".")[0]
-    unknown = undefined_names(test) - IMPORTS.keys()
-    return unknown == {root} and root not in undefined_names(claim(test).value)
+    unknown = undefined_names(test, own=root) - (IMPORTS.keys() - {root})
+    return unknown == {root} and root not in undefined_names(claim(test).value, own=root)
 
 
 def _argument_counts(test: str, entry_point: str) -> set[int]:

@@ -1,9 +1,9 @@
 """The diagnosis: what kind of work it is, whether it can be checked by running, whether it is clear."""
 
-from ai_agent_server.agents._answer import read_object
 from ai_agent_server.agents._prompt import request
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome
 from ai_agent_server.agents.developer import _history
+from ai_agent_server.core.answer import read_object
 from ai_agent_server.core.chat import JSONObject
 
 __all__ = ("DiagnosisAgent",)

@@ -1,9 +1,9 @@
 """The planner: a short plan, and after failures a fresh one."""
 
-from ai_agent_server.agents._answer import read_object, read_text
 from ai_agent_server.agents._prompt import request
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome
 from ai_agent_server.agents.developer import _history
+from ai_agent_server.core.answer import read_object, read_text
 
 __all__ = ("PlannerAgent",)
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import msgspec
 
-from ai_agent_server.agents._answer import read_object, read_text
 from ai_agent_server.agents._prompt import request
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome
 from ai_agent_server.agents.developer import _history
 from ai_agent_server.agents.developer._tests import claim, runnable
+from ai_agent_server.core.answer import read_object, read_text
 from ai_agent_server.core.chat import JSONObject
 from ai_agent_server.core.code_text import usable_tests
 from ai_agent_server.core.task_packet import FeedbackReceived, StepFinished, TaskPacket, TestReport
@@ -91,7 +91,12 @@ class QAAgent:
         if code is None:
             return Outcome(verdict="fail", why="there is no code to run yet", output=_output(suite))
         report = await run_suite(
-            context.sandbox, code=code.content, anchors=anchors, tests=suite.tests, limits=limits
+            context.sandbox,
+            code=code.content,
+            anchors=anchors,
+            tests=suite.tests,
+            limits=limits,
+            entry_point=_history.entry_point(packet),
         )
         if report.verdict == "sandbox_error":
             raise SandboxError(report.detail or "the sandbox broke")

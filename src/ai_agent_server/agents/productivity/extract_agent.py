@@ -1,9 +1,10 @@
 """The extractor: named fields out of a text, null where the text does not say."""
 
-from ai_agent_server.agents._answer import read_object
-from ai_agent_server.agents._prompt import as_text, request
+from ai_agent_server.agents._prompt import request
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome
+from ai_agent_server.core.answer import read_object
 from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.prompt import as_text
 
 __all__ = ("ExtractAgent",)
 

@@ -2,9 +2,10 @@
 
 import msgspec
 
-from ai_agent_server.agents._answer import read_text
-from ai_agent_server.agents._prompt import as_text, request
+from ai_agent_server.agents._prompt import request
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome
+from ai_agent_server.core.answer import read_text
+from ai_agent_server.core.prompt import as_text
 from ai_agent_server.core.task_packet import StepFinished, TaskPacket
 from ai_agent_server.errors import ConfigurationError
 

@@ -2,10 +2,11 @@
 
 import base64
 
-from ai_agent_server.agents._answer import read_object, read_text
-from ai_agent_server.agents._prompt import as_text, request
+from ai_agent_server.agents._prompt import request
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome
+from ai_agent_server.core.answer import read_object, read_text
 from ai_agent_server.core.chat import ImagePart
+from ai_agent_server.core.prompt import as_text
 from ai_agent_server.errors import InvalidPacketError
 
 __all__ = ("VisionAgent",)
