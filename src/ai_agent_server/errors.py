@@ -10,6 +10,10 @@ AgentServerError
 │   ├── IdempotencyConflictError  the same key or id came with another body
 │   ├── IntakeFullError         too many live tasks (retry_after_s)
 │   └── ShuttingDownError       the server is stopping (retry_after_s)
+├── AccessError                 the caller may not, or not now (headers: what an HTTP answer tells beside it)
+│   ├── KeyNeededError          no key, or one that nobody knows
+│   ├── ScopeError              the key is not for this
+│   └── LimitExceededError      the caller's share is used up (retry_after_s, unit, is_quota)
 ├── TaskStateError              what a task's file says forbids this
 │   ├── TaskNotFoundError
 │   ├── TaskConflictError       the revision is not the expected one
@@ -122,6 +126,51 @@ class ShuttingDownError(IntakeError):
     def __init__(self, retry_after_s: float = 5.0) -> None:
         self.retry_after_s = retry_after_s
         super().__init__("the server is shutting down")
+
+
+LimitUnit = Literal["requests", "tokens", "gpu_s", "usd"]
+
+
+class AccessError(AgentServerError):
+    """The caller may not, or not now. `headers` go with every HTTP answer that tells of it."""
+
+    def __init__(self, problem: str, *, headers: dict[str, str] | None = None) -> None:
+        self.problem, self.headers = problem, headers or {}
+        super().__init__(problem)
+
+
+class KeyNeededError(AccessError):
+    """No key was shown, or one that nobody knows."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem, headers={"WWW-Authenticate": "Bearer", "x-should-retry": "false"})
+
+
+class ScopeError(AccessError):
+    """The key is good, but not for this."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem, headers={"x-should-retry": "false"})
+
+
+class LimitExceededError(AccessError):
+    """The caller's share is used up.
+
+    `retry_after_s` is when it will be enough again, None when it never will. `is_quota`: a budget, or so
+    long a wait that a client should not repeat by itself.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        unit: LimitUnit,
+        retry_after_s: float | None,
+        is_quota: bool,
+        headers: dict[str, str],
+    ) -> None:
+        self.unit, self.retry_after_s, self.is_quota = unit, retry_after_s, is_quota
+        super().__init__(problem, headers=headers)
 
 
 class TaskStateError(AgentServerError):
