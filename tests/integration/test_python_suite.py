@@ -77,7 +77,7 @@ async def test_each_assertion_is_reported_by_itself(sandbox: Sandbox) -> None:
         "assert str(f(1)) == '2'",
         "assert list(evens(5)) == [0, 2, 4]",
         "assert sum(evens(5)) == 6",
-        "assert Counter('aab') == {'a': 2, 'b': 1}",
+        "assert Counter(words('a a b')) == {'a': 2, 'b': 1}",
         "assert Point(1, 2) == Point(1, 2)",
         "assert Point(1, 2).x == 1",
         "assert stack.pop() == 2",
@@ -154,6 +154,47 @@ async def test_an_import_that_only_the_tests_need_does_not_help_the_code(sandbox
     assert "NameError" in report.detail
 
 
+OWN_SUM = """
+def sum(a, b):
+    total = 0
+    for n in range(1, min(a, b) + 1):
+        if a % n == b % n == 0:
+            total += n
+    return total
+"""
+
+
+async def test_a_function_that_is_called_as_a_builtin_is_judged_by_what_it_does(sandbox: Sandbox) -> None:
+    tests = ("assert sum(10, 15) == 6", "assert sum(100, 150) == 93", "assert abs(sum(4, 6) - 3) < 1")
+    assert (await judged(sandbox, OWN_SUM, *tests)).verdict == "pass"
+    wrong = await judged(
+        sandbox, OWN_SUM.replace("min(a, b) + 1", "min(a, b)"), *tests, "assert sum(3, 3) == 4"
+    )
+    assert wrong.failing == ("assert sum(3, 3) == 4",)
+    assert wrong.detail == "assert sum(3, 3) == 4\nactual: 1\nexpected: 4"
+
+
+@pytest.mark.parametrize("test", ["assert max([1, 2]) == 2", "assert gcd(4, 6) == 2", "assert filter(1, 2)"])
+async def test_what_python_has_under_the_name_is_not_the_codes(sandbox: Sandbox, test: str) -> None:
+    report = await judged(sandbox, "x = 1\n", test)
+    assert report.verdict == "fail"
+    assert "NameError" in report.detail
+
+
+async def test_the_entry_point_says_which_of_two_builtins_is_meant(sandbox: Sandbox) -> None:
+    code = OWN_SUM + "def round(x): return 6\n"
+
+    async def verdict(test: str, entry_point: str) -> str:
+        report = await run_suite(
+            sandbox, code=code, anchors=(test,), tests=(), limits=LIMITS, entry_point=entry_point
+        )
+        return report.verdict
+
+    assert await verdict("assert round(sum(10, 15) + 0.2) == 6", "sum") == "pass"
+    assert await verdict("assert round(sum(4, 6) + 0.2) == 6", "sum") == "fail"
+    assert await verdict("assert round(sum(4, 6) + 0.2) == 6", "") == "fail"
+
+
 FORGERIES = {
     "leaves_at_once": "import os\ndef f(x): os._exit(0)\n",
     "exits": "def f(x): raise SystemExit(0)\n",
@@ -185,6 +226,15 @@ FORGERIES = {
         "def f(x): time.sleep(1)\n"
     ),
     "replaces_itself": "import os\ndef f(x): os.execv('/proc/self/exe', ['python', '-c', 'pass'])\n",
+    "takes_the_builtins_names": (
+        "class Lie:\n    def __init__(self): self.asked = 0\n"
+        "    def __eq__(self, other): return True\n"
+        "def bool(value): return True\n"
+        "def all(values): return True\n"
+        "def len(values): return 2\n"
+        "isinstance = any = all\n"
+        "def f(x): return Lie()\n"
+    ),
     "patches_exception": (
         "import sys\nsys.excepthook = lambda *a: __import__('os')._exit(0)\ndef f(x): return None\n"
     ),
@@ -280,6 +330,36 @@ async def test_sabotage_of_the_runner_passes_nothing(sandbox: Sandbox, name: str
     assert report.verdict != "pass", report
     assert report.tests_passed == 0, report
     assert report.detail
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert all(f(n) == n + 1 for n in range(3))",
+        "assert len(f(1)) == 2",
+        "assert sorted(f(1)) == [1, 2]",
+        "assert isinstance(f(1), int)",
+        "assert max((f(n) for n in (1, 2)), key=lambda n: n) == 3",
+        "assert [len for len in f(1)] == [1, 2]",
+    ],
+)
+async def test_code_cannot_put_its_own_in_a_builtins_place(sandbox: Sandbox, test: str) -> None:
+    code = (
+        "def all(values): return True\n"
+        "isinstance = callable = lambda *a: True\n"
+        "def len(values): return 2\n"
+        "def sorted(values, key=None): return [1, 2]\n"
+        "def max(values, key=None): return 3\n"
+        "def f(x): return None\n"
+    )
+    report = await judged(sandbox, code, test)
+    assert (report.verdict, report.tests_passed) == ("fail", 0), report
+
+
+async def test_code_may_use_its_own_under_a_builtins_name(sandbox: Sandbox) -> None:
+    code = "def max(values): return 7\ndef f(x): return max(x)\n"
+    report = await judged(sandbox, code, "assert f([1]) == 7", "assert max([f([1]), 8]) == 8")
+    assert report.verdict == "pass", report
 
 
 async def test_a_giant_suite_of_long_tests_is_reported_whole(sandbox: Sandbox) -> None:

@@ -128,6 +128,18 @@ async def test_examples_that_are_no_assertions_are_told_of() -> None:
     assert outcome.output["unusable_examples"] == ["add(1, 1) gives 2"]
 
 
+async def test_a_function_that_is_called_as_a_builtin_is_tested_as_any_other() -> None:
+    task = {"task": "Find the sum of the common divisors.", "examples": ["assert sum(10, 15) == 6"]}
+    code = "def sum(a, b):\n    return len([n for n in range(1, a + 1) if a % n == b % n == 0])\n"
+    chat = Chat("assert sum(2, 2) == 3\nassert sum([1, 2]) == 3\nassert sum(1, 1) == sum(1, 2)")
+    outcome = await task_with(code, task).run("qa", chat)
+    assert "`sum`" in chat.prompt
+    assert found(outcome)[1] == ["assert sum(2, 2) == 3"]
+    assert outcome.report is not None
+    assert outcome.report.failing == ("assert sum(10, 15) == 6", "assert sum(2, 2) == 3")
+    assert "actual: 2" in outcome.report.detail
+
+
 async def test_without_code_it_answers_with_tests() -> None:
     outcome = await Task("developer", "qa", ADD).run("qa", Chat(RIGHT_TESTS))
     assert found(outcome)[0] == "fail"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ai_agent_server.core.code_text import builtin_under_test
 from ai_agent_server.sandbox._suite_judge import is_plain, plain_value
 from ai_agent_server.sandbox._suite_worker import literal
 from ai_agent_server.sandbox.python_suite import suite_sha256
@@ -71,6 +72,29 @@ def test_what_has_no_literal_form_is_never_passed_off_as_one(value: object) -> N
 )
 def test_the_judge_evaluates_only_what_cannot_come_from_the_code(expression: str, here: bool) -> None:
     assert is_plain(ast.parse(expression, mode="eval").body) is here
+
+
+@pytest.mark.parametrize(
+    ("tests", "entry_point", "subject"),
+    [
+        (("assert sum(1, 2) == 3", "assert abs(sum(1, 2) - 3) < 1"), "", "sum"),
+        (("assert gcd(4, 6) == 2",), "", "gcd"),
+        (("assert sum(f(1)) == 3",), "", None),
+        (("assert sum(1, 2) == 3", "assert f(1) == 3"), "", None),
+        (("assert sum(1, 2) == 3", "assert max(1, 2) == 2"), "", None),
+        (("assert round(sum(1, 2)) == 3",), "", None),
+        (("assert round(sum(1, 2)) == 3",), "sum", "sum"),
+        (("assert sum(Point(1, 2)) == 3",), "sum", "sum"),
+        (("assert sum(f(1)) == 3",), "f", None),
+        (("assert 'a'.upper() == 'A'",), "", None),
+        ((), "", None),
+        (("assert f(",), "f", None),
+    ],
+)
+def test_the_suite_alone_says_which_builtins_name_is_the_codes(
+    tests: tuple[str, ...], entry_point: str, subject: str | None
+) -> None:
+    assert builtin_under_test(tests, entry_point) == subject
 
 
 def test_a_suite_has_one_name_whatever_runs_it() -> None:

@@ -4,6 +4,10 @@ It runs as `python judge.py` and reads the code and the tests from stdin, so tha
 the worker could read. Of each test it evaluates as much as it can itself: calls of the code under
 test are values that the worker claims, everything around them (comparisons, arithmetic, builtins)
 happens here, where that code has never been.
+
+A builtin's name means Python's builtin, whatever the code binds to it, here and in what the worker is
+asked. The one exception is what the suite itself is about (`own`: a function called `sum`, say), and
+the code has no say in that.
 """
 # ruff: noqa: S307 - the tests are evaluated here, over plain values
 
@@ -17,6 +21,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Collection, Mapping
 
 MAX_ANSWER = 400_000
 MAX_DETAIL = 2_000
@@ -29,7 +34,9 @@ SAFE = {
     )
 }  # fmt: skip
 NO_VALUES = (ast.Lambda, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.comprehension)
-CHAMELEON = "bool(L == object()) and bool(L == 'f7c1') and bool(L == 90417)"
+TRUTH = "not not (X)"
+"""What `bool(X)` is, without a name that the code could bind to something else."""
+CHAMELEON = "not not (L == ...) and not not (L == 'f7c1') and not not (L == 90417)"
 
 
 class Failed(Exception):
@@ -50,8 +57,11 @@ class Held:
 class Worker:
     """The child that runs the code under test; started again when it died or hung."""
 
-    def __init__(self, code: str, imports: list[str], timeout_s: float) -> None:
-        self.code, self.imports, self.timeout_s = code, imports, timeout_s
+    def __init__(self, code: str, imports: list[str], timeout_s: float, own: frozenset[str]) -> None:
+        self.code, self.imports, self.timeout_s, self.own = code, imports, timeout_s, own
+        # Under these names the worker has Python's own: drawn anew, so that no code can bind them before.
+        prefix = f"_{os.urandom(6).hex()}_"
+        self.pythons = {name: prefix + name for name in SAFE.keys() - own}
         self.pid = 0
         self.to = self.answers = -1
         self.buffer = b""
@@ -70,7 +80,9 @@ class Worker:
         os.close(request_r)
         os.close(answer_w)
         self.buffer = b""
-        answer = self.ask({"code": self.code, "imports": self.imports})
+        answer = self.ask(
+            {"code": self.code, "imports": self.imports, "own": list(self.own), "pythons": self.pythons}
+        )
         if "error" in answer:
             kind = "syntax" if answer.get("syntax") else "import"
             raise Failed(kind, raised(answer))
@@ -143,6 +155,7 @@ class Judge:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+        self.safe = {name: value for name, value in SAFE.items() if name not in worker.own}
 
     def decide(self, source: str) -> None:
         """Return when the test holds; `Failed` when it does not."""
@@ -151,13 +164,13 @@ class Judge:
         test = statement.test
         value = self.compare(test, explain=True) if isinstance(test, ast.Compare) else self.value(test)
         if isinstance(value, Held):
-            value = self.in_worker("bool(X)", {"X": value})
+            value = self.in_worker(TRUTH, {"X": value})
         if isinstance(value, Held) or not value:
             raise Failed("fail", f"actual: {show(value)}\nexpected: a true value")
 
     def value(self, node: ast.expr) -> object:
         """The value of an expression: here if its parts are plain, else in the worker."""
-        if is_plain(node):
+        if is_plain(node, self.safe):
             return self.here(node, {})
         if isinstance(node, ast.Compare):
             return self.compare(node, explain=False)
@@ -165,11 +178,11 @@ class Judge:
             value: object = None
             for part in node.values:
                 value = self.value(part)
-                truth = self.in_worker("bool(X)", {"X": value}) if isinstance(value, Held) else bool(value)
+                truth = self.in_worker(TRUTH, {"X": value}) if isinstance(value, Held) else bool(value)
                 if truth is not isinstance(node.op, ast.And):
                     return value
             return value
-        if isinstance(node, ast.Call) and is_safe_call(node):
+        if isinstance(node, ast.Call) and is_safe_call(node, self.safe):
             return self.combine(node, [*node.args, *(keyword.value for keyword in node.keywords)])
         if isinstance(node, ast.UnaryOp):
             return self.combine(node, [node.operand])
@@ -187,7 +200,7 @@ class Judge:
         """Evaluate `parts`, then `node` over their values."""
         names = {}
         for index, part in enumerate(parts):
-            if is_plain(part):
+            if is_plain(part, self.safe):
                 continue
             names[id(part)] = (f"_part_{index}", self.value(part))
         replaced = Replace({key: name for key, (name, _) in names.items()}).visit_copy(node)
@@ -205,9 +218,11 @@ class Judge:
             held = isinstance(left, Held) or isinstance(right, Held)
             if held:
                 self.refuse_chameleon(left, right, symbol)
-                truth = self.in_worker(f"bool(L {symbol} R)", {"L": left, "R": right})
+                truth = self.in_worker(f"not not (L {symbol} R)", {"L": left, "R": right})
             else:
-                truth = self.here(ast.parse(f"bool(L {symbol} R)", mode="eval").body, {"L": left, "R": right})
+                truth = self.here(
+                    ast.parse(f"not not (L {symbol} R)", mode="eval").body, {"L": left, "R": right}
+                )
             if truth is not True:
                 if explain:
                     raise Failed("fail", difference(left, symbol, right))
@@ -220,20 +235,14 @@ class Judge:
         if symbol not in {"==", "!="}:
             return
         for side in (left, right):
-            if isinstance(side, Held):
-                same = self.in_worker(
-                    "bool(L == object()) and bool(L == 'f7c1') and bool(L == 90417)", {"L": side}
-                )
-                if same is True:
-                    raise Failed(
-                        "fail", f"actual: {side.shown}, a {side.kind} that claims to equal everything"
-                    )
+            if isinstance(side, Held) and self.in_worker(CHAMELEON, {"L": side}) is True:
+                raise Failed("fail", f"actual: {side.shown}, a {side.kind} that claims to equal everything")
 
     def here(self, node: ast.expr, values: dict[str, object]) -> object:
         """Evaluate in this process, over plain values and safe builtins only."""
         compiled = compile(ast.fix_missing_locations(ast.Expression(node)), "test", "eval")
         try:
-            return eval(compiled, {"__builtins__": {}, "math": math, **SAFE, **values})
+            return eval(compiled, {"__builtins__": {}, "math": math, **self.safe, **values})
         except RecursionError as problem:
             raise Failed("fail", "the values are nested too deep") from problem
         except Exception as problem:
@@ -249,7 +258,8 @@ class Judge:
         """What the worker says the expression is."""
         if not self.worker.pid:
             self.worker.start()
-        answer = self.worker.ask({"expression": expression})
+        tree = ast.parse(expression, mode="eval").body
+        answer = self.worker.ask({"expression": ast.unparse(renamed(tree, self.worker.pythons))})
         if "error" in answer:
             raise Failed("memory" if answer["error"] == "MemoryError" else "raised", raised(answer))
         if "held" in answer:
@@ -307,31 +317,37 @@ class Names(ast.NodeTransformer):
         return node
 
 
-def is_plain(node: ast.expr) -> bool:
-    """Whether nothing in it comes from the code under test: literals and safe builtins over them."""
+def renamed(node: ast.expr, names: Mapping[str, str]) -> ast.expr:
+    """`node` with other names for what it reads and does not bind itself."""
+    bound = {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}
+    bound |= {p.id for p in ast.walk(node) if isinstance(p, ast.Name) and not isinstance(p.ctx, ast.Load)}
+    changed: ast.expr = Names({name: text for name, text in names.items() if name not in bound}).visit(node)
+    return changed
+
+
+def is_plain(node: ast.expr, safe: Collection[str] = SAFE) -> bool:
+    """Whether nothing in it comes from the code under test: literals and `safe` builtins over them."""
     for part in ast.walk(node):
-        if isinstance(part, ast.Name) and part.id not in SAFE and part.id != "math":
+        if isinstance(part, ast.Name) and part.id not in safe and part.id != "math":
             return False
         if isinstance(part, ast.Attribute) and not (
             isinstance(part.value, ast.Name) and part.value.id == "math"
         ):
             return False
-        if isinstance(
-            part, (ast.Lambda, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.comprehension)
-        ):
+        if isinstance(part, NO_VALUES):
             return False
     return True
 
 
-def is_safe_call(node: ast.Call) -> bool:
-    """A call of a safe builtin, or of something in `math`, with ordinary arguments."""
+def is_safe_call(node: ast.Call, safe: Collection[str]) -> bool:
+    """A call of a `safe` builtin, or of something in `math`, with ordinary arguments."""
     ordinary = not any(isinstance(argument, ast.Starred) for argument in node.args) and all(
-        keyword.arg and is_plain(keyword.value) for keyword in node.keywords
+        keyword.arg and is_plain(keyword.value, safe) for keyword in node.keywords
     )
     # isinstance(x, C) and the like name classes, which have no literal form
     return (
         ordinary
-        and is_plain(node.func)
+        and is_plain(node.func, safe)
         and not (isinstance(node.func, ast.Name) and node.func.id in {"isinstance", "type", "repr", "str"})
     )
 
@@ -370,7 +386,7 @@ def raised(answer: dict) -> str:  # type: ignore[type-arg] # JSON, as the worker
 def main() -> None:
     """Read the suite, print one JSON line a test as it is decided."""
     suite = json.loads(sys.stdin.read())
-    worker = Worker(suite["code"], suite["imports"], suite["test_timeout_s"])
+    worker = Worker(suite["code"], suite["imports"], suite["test_timeout_s"], frozenset(suite["own"]))
     judge = Judge(worker)
 
     def tell(index: int, outcome: str, detail: str) -> None:

@@ -53,8 +53,15 @@ class Worker:
         self.space: dict[str, object] = {"__name__": "solution", "__builtins__": vars(builtins)}
         self.held = 0
 
-    def load(self, code: str, imports: list[str]) -> dict[str, object]:
-        """Execute the code under test; then what the tests use of the standard library is imported."""
+    def load(
+        self, code: str, imports: list[str], own: list[str], pythons: dict[str, str]
+    ) -> dict[str, object]:
+        """Execute the code under test; then what the tests use of the standard library is imported.
+
+        Expressions find Python's builtins under the names in `pythons`, whatever the code binds to
+        their own; and those in `own` only if the code defines them.
+        """
+        theirs = {alias: getattr(builtins, name) for name, alias in pythons.items()}
         try:
             compiled = compile(code, "solution.py", "exec", dont_inherit=True)
         except BaseException as problem:
@@ -63,6 +70,9 @@ class Worker:
         for line in imports:
             # seen by the expressions alone: code that forgot an import still fails
             exec(line, self.builtins.__dict__)
+        self.builtins.__dict__.update(theirs)
+        for name in own:
+            self.builtins.__dict__.pop(name, None)
         return answer
 
     def evaluate(self, source: str, code: str) -> dict[str, object]:
@@ -144,7 +154,7 @@ def main() -> None:
         request = decode(line)
         if "code" in request:
             code = request["code"]
-            answer = worker.load(code, request["imports"])
+            answer = worker.load(code, request["imports"], request["own"], request["pythons"])
         else:
             answer = worker.evaluate(request["expression"], code)
         write(encode({**answer, "token": request["token"]}) + "\n")

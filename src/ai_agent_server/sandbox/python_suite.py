@@ -23,7 +23,7 @@ from typing import Literal
 
 import msgspec
 
-from ai_agent_server.core.code_text import missing_imports
+from ai_agent_server.core.code_text import builtin_under_test, missing_imports
 from ai_agent_server.core.task_packet import TestReport
 from ai_agent_server.sandbox.base import Sandbox, SandboxLimits, SandboxReport
 
@@ -49,6 +49,8 @@ class _Suite(msgspec.Struct, frozen=True):
     code: str
     imports: tuple[str, ...]
     """Of the standard library, for names that the tests use and the code does not bring."""
+    own: tuple[str, ...]
+    """Names of Python's that in this suite are the code's."""
     tests: tuple[str, ...]
     test_timeout_s: float
 
@@ -65,8 +67,12 @@ async def run_suite(
     anchors: tuple[str, ...],
     tests: tuple[str, ...],
     limits: SandboxLimits,
+    entry_point: str = "",
 ) -> TestReport:
     """Load `code`, then run each assertion of `anchors`, then each of `tests`.
+
+    A builtin's name in a test is Python's, even if the code defines it too, unless it is what the suite
+    is about: the `entry_point`, or what every test calls where none calls anything else.
 
     A test that hangs or ends its process fails alone; the next one gets a new process. `error` says
     that the code does not load. A statement that is not one `assert` counts as failing. Raises
@@ -76,9 +82,11 @@ async def run_suite(
     sha256 = suite_sha256(anchors, tests)
     share_s = limits.wall_s * _SHARE_OF_WALL / (len(suite) + 1)
     runnable = tuple(index for index, test in enumerate(suite) if _is_assertion(test))
+    subject = builtin_under_test(tuple(suite[index] for index in runnable), entry_point)
     request = _Suite(
         code=code,
         imports=missing_imports("\n".join((code, *(suite[index] for index in runnable)))),
+        own=(subject,) if subject else (),
         tests=tuple(suite[index] for index in runnable),
         test_timeout_s=max(0.2, min(_TEST_TIMEOUT_S, share_s)),
     )
