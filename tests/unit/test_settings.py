@@ -41,6 +41,10 @@ SECTIONS = (
     "/balancer",
     "/balancer/circuit",
     "/balancer/retry",
+    "/gateway",
+    "/gateway/tiers",
+    "/gateway/tiers/main",
+    "/gateway/tiers/small",
     "/limits",
     "/llms/one",
     "/llms/one/api_key",
@@ -69,6 +73,9 @@ OUT_OF_BOUNDS = (
     ("/balancer/retry/attempts", 0),
     ("/balancer/retry/backoff_s", -1),
     ("/balancer/retry/backoff_max_s", -1),
+    ("/gateway/keep_alive_s", 0),
+    ("/gateway/tiers/main/max_output_tokens", 0),
+    ("/gateway/tiers/small/max_input_tokens", 0),
     ("/limits/calls", -1),
     ("/limits/cost_usd", -0.01),
     ("/limits/feedback_hops", -1),
@@ -285,6 +292,15 @@ def test_a_number_out_of_bounds_is_told(pointer: str, value: float) -> None:
 
     assert mistake.pointer == pointer
     assert re.search("less than|greater than", mistake.problem)
+
+
+def test_an_alias_leads_to_a_model_that_there_is() -> None:
+    aliases = {"claude-haiku-*": "small", "claude-*": "developer/qa", "gpt-*": "one", "*": "auto"}
+    assert read(within(WHOLE, "/gateway/aliases", aliases)).gateway.aliases == aliases
+
+    mistake = mistake_in(within(WHOLE, "/gateway/aliases/gpt-*", "two"))
+    assert mistake.pointer == "/gateway/aliases/gpt-*"
+    assert {"auto", "small", "main", "one", "developer/qa"} <= set(mistake.choices)
 
 
 def test_every_number_has_both_bounds() -> None:

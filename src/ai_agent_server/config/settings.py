@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -195,6 +195,40 @@ class ServerSettings(_Section, frozen=True, kw_only=True):
     """Folders from which a payload may name files (images for vision)."""
 
 
+class TierLimits(_Section, frozen=True, kw_only=True):
+    """How much a request of the tier `small` may read and write, in tokens."""
+
+    max_input_tokens: Tokens = 2048
+    """A request that is estimated to be longer is not of this tier by itself."""
+    max_output_tokens: Tokens = 512
+    """Never more than this, and as much as this where a request says nothing."""
+
+
+class MainTierLimits(TierLimits, frozen=True, kw_only=True):
+    """How much a request of the tier `main` may read and write, in tokens."""
+
+    max_input_tokens: Tokens = 1_000_000
+    max_output_tokens: Tokens = 2048
+
+
+class TiersSettings(_Section, frozen=True, kw_only=True):
+    """The two tiers of the gateway: small for quick jobs, main for the rest."""
+
+    small: TierLimits = TierLimits()
+    main: MainTierLimits = MainTierLimits()
+
+
+class GatewaySettings(_Section, frozen=True, kw_only=True):
+    """The OpenAI and Anthropic forms of the API, for SDKs and coding agents."""
+
+    tiers: TiersSettings = TiersSettings()
+    aliases: dict[str, str] = msgspec.field(default_factory=dict)
+    """Names that clients insist on: a pattern (`claude-*`) to an LLM, a tier, `profile/role` or `auto`;
+    the first that fits counts."""
+    keep_alive_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 5.0
+    """In a silent stream something is sent this often; the first time after a second at most."""
+
+
 class Settings(_Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -207,6 +241,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     store: StoreSettings = StoreSettings()
     sandbox: SandboxSettings = SandboxSettings()
     server: ServerSettings = ServerSettings()
+    gateway: GatewaySettings = GatewaySettings()
     limits: Limits = Limits()
 
 
@@ -374,6 +409,15 @@ def _check_meaning(settings: Settings, source: str) -> None:
         if accelerator.headroom_mb >= accelerator.memory_mb:
             raise wrong("headroom_mb leaves no memory", "accelerators", name, "headroom_mb")
     _check_profiles(settings, wrong)
+    models = ("auto", *get_args(Tier), *settings.llms, *roles_as_models(settings))
+    for alias, model in settings.gateway.aliases.items():
+        if model not in models:
+            raise wrong(f"unknown model {model!r}", "gateway", "aliases", alias, choices=models)
+
+
+def roles_as_models(settings: Settings) -> tuple[str, ...]:
+    """Every `profile/role`, which is also the name of a model."""
+    return tuple(f"{name}/{role}" for name, profile in settings.profiles.items() for role in profile.roles)
 
 
 def _check_profiles(settings: Settings, wrong: Any) -> None:
