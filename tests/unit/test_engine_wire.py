@@ -78,7 +78,9 @@ def test_thinking_is_progress_but_no_text() -> None:
     answer = wire.Answer(engine="it")
     for key in ("reasoning_content", "reasoning"):
         event = json.dumps(choice({key: "hmm"})).encode()
-        assert answer.take(wire.decode_chunk(event, engine="it")) is None
+        delta = answer.take(wire.decode_chunk(event, engine="it"))
+        assert delta is not None
+        assert (delta.reasoning, delta.text) == ("hmm", "")
         assert answer.progressed
     assert answer.take(wire.decode_chunk(json.dumps(choice({"content": ""})).encode(), engine="it")) is None
     assert not answer.progressed

@@ -81,6 +81,8 @@ class RouteHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tier: Tier | None = None
     prefer: tuple[str, ...] = ()
     """LLM names in order of preference; others may still serve."""
+    allowed: tuple[str, ...] = ()
+    """LLM names; no other may serve. Empty: all may."""
     privacy: Privacy = "any"
     """`local`: never an LLM whose source is `api`, whatever fails."""
     max_cost_usd: float | None = None
@@ -140,10 +142,12 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
 
     The last delta of every good stream has a `finish_reason`; a stream that ends without one was
     cut, and the engine must raise instead. `usage` comes at the latest with the last delta.
-    `llm` and `decision` are set by the balancer on the first delta it passes on.
+    `llm`, `source`, `decision` and `engine_ms` are set by the balancer on the first delta it passes on.
     """
 
     text: str = ""
+    reasoning: str = ""
+    """What the LLM thinks aloud before it answers; no part of the text."""
     tool_calls: tuple[ToolCallDelta, ...] = ()
     finish_reason: FinishReason | None = None
     usage: ChatUsage | None = None
@@ -151,6 +155,8 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
     llm: str = ""
     source: Literal["local", "api", ""] = ""
     decision: Decision | None = None
+    engine_ms: float = 0.0
+    """How long the first token was waited for: for a place, and for the engine. What is left is ours."""
 
 
 class ChatReply(msgspec.Struct, frozen=True, kw_only=True):

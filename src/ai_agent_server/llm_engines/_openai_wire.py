@@ -219,9 +219,11 @@ class Answer:
         self._called = self._called or bool(calls)
         thought = delta.reasoning_content or delta.reasoning
         self.progressed = bool(delta.content or calls or thought or choice.finish_reason)
-        if not (delta.content or calls):
+        if not (delta.content or calls or thought):
             return None
-        return ChatDelta(text=delta.content or "", tool_calls=calls, model=self._model)
+        return ChatDelta(
+            text=delta.content or "", reasoning=thought or "", tool_calls=calls, model=self._model
+        )
 
     def end(self) -> ChatDelta:
         """The last delta. Raises `EngineProtocolError` for a stream that was cut."""
