@@ -15,7 +15,7 @@ from ai_agent_server.core.chat import RouteHints
 from ai_agent_server.core.orchestration_engine import Profile, Role
 from ai_agent_server.discovery import implementation, kinds
 from ai_agent_server.errors import ConfigurationError, InvalidPacketError
-from ai_agent_server.llm_engines.base import EngineSpec, LLMEngine
+from ai_agent_server.llm_engines.base import EmbeddingEngine, EngineSpec, LLMEngine
 from ai_agent_server.load_balancer import strategies
 from ai_agent_server.load_balancer.balanced_engine import Member
 from ai_agent_server.load_balancer.base import BalancingStrategy
@@ -49,6 +49,10 @@ def _maker(name: str, llm: LLMSettings, environ: Mapping[str, str]) -> Callable[
     except msgspec.ValidationError as exc:
         known = tuple(field.encode_name for field in msgspec.structs.fields(engine_class.Options))
         raise ConfigurationError(str(exc), pointer=json_pointer((*here, "options")), choices=known) from exc
+    if "embeddings" in llm.capabilities and not issubclass(engine_class, EmbeddingEngine):
+        raise ConfigurationError(
+            f"the engine {llm.engine} gives no vectors", pointer=json_pointer((*here, "capabilities"))
+        )
     spec = EngineSpec(
         name=name,
         model=llm.model,

@@ -6,7 +6,9 @@ llm_engines is tested from the moment it exists: it needs a rig in `RIGS`, and f
 
 import asyncio
 import json
+import math
 import socket
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, ClassVar
@@ -27,6 +29,7 @@ from ai_agent_server.core.chat import (
     Tool,
     message,
 )
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.discovery import implementation, kinds
 from ai_agent_server.errors import (
     ContextOverflowError,
@@ -40,7 +43,15 @@ from ai_agent_server.errors import (
     EngineUnreachableError,
     ModelNotFoundError,
 )
-from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts, JoinedStream, LLMEngine, chat
+from ai_agent_server.llm_engines.base import (
+    EmbeddingEngine,
+    EngineSpec,
+    EngineTimeouts,
+    JoinedStream,
+    LLMEngine,
+    chat,
+)
+from tests.servers.anthropic_double import AnthropicDouble
 from tests.servers.http_double import RETRY_AFTER_S, HTTPDouble
 from tests.servers.llama_server_double import LlamaServerDouble
 from tests.servers.ollama_double import OllamaDouble
@@ -118,6 +129,10 @@ class Rig:
         """An engine that suffers `fault`."""
         raise NotImplementedError
 
+    def embedder(self, timeouts: EngineTimeouts | None = None) -> LLMEngine:
+        """An engine whose model gives vectors."""
+        return self.engine(timeouts=timeouts)
+
     async def until_free(self) -> None:
         """Until nothing is being written any more."""
 
@@ -165,6 +180,11 @@ class OpenAIRig(DoubleRig):
     kind = "api.openai"
     double_class = OpenAIDouble
     suffix = "/v1"
+
+
+class AnthropicRig(DoubleRig):
+    kind = "api.anthropic"
+    double_class = AnthropicDouble
 
 
 class LlamaServerRig(DoubleRig):
@@ -220,6 +240,9 @@ class LlamaCppRig(Rig):
     def engine(self, says: str = "", timeouts: EngineTimeouts | None = None) -> LLMEngine:
         return self.build({}, model=self.MODEL, timeouts=timeouts) if timeouts else self._shared
 
+    def embedder(self, timeouts: EngineTimeouts | None = None) -> LLMEngine:
+        return self.build({"embeddings": "mean"}, model=self.MODEL, timeouts=timeouts)
+
     def failing(self, fault: str, timeouts: EngineTimeouts | None = None) -> LLMEngine:
         return self.build({}, model="nope") if fault == "no_model" else self._shared
 
@@ -232,7 +255,7 @@ class LlamaCppRig(Rig):
 
 
 RIGS: dict[str, type[Rig]] = {
-    rig.kind: rig for rig in (OpenAIRig, LlamaServerRig, OllamaRig, ScriptedRig, LlamaCppRig)
+    rig.kind: rig for rig in (OpenAIRig, AnthropicRig, LlamaServerRig, OllamaRig, ScriptedRig, LlamaCppRig)
 }
 SERVED = sorted(kind for kind, rig in RIGS.items() if issubclass(rig, DoubleRig))
 FAILING = [(kind, fault) for kind in sorted(RIGS) for fault in FAULTS if fault in RIGS[kind].faults]
@@ -457,3 +480,97 @@ async def test_closing_the_engine_ends_its_streams_with_an_engine_error(rig: Rig
             async with asyncio.timeout(60):
                 async for _ in stream:
                     pass
+
+
+EMBED_FAULTS = frozenset(FAULTS) - {"stall", "unfinished", "error_in_stream", "ok_then_error", "overflow"}
+EMBEDS = sorted(kind for kind in RIGS if hasattr(implementation(llm_engines, kind), "embed"))
+FAILING_EMBEDS = [
+    (kind, fault) for kind, fault in FAILING if fault in EMBED_FAULTS and kind in {*SERVED, ScriptedRig.kind}
+]
+
+
+async def embed(engine: LLMEngine, *inputs: str, dimensions: int | None = None) -> EmbeddingReply:
+    """The vectors of the inputs, within a bound."""
+    assert isinstance(engine, EmbeddingEngine)
+    async with asyncio.timeout(60):
+        return await engine.embed(EmbeddingRequest(inputs=inputs, dimensions=dimensions))
+
+
+def alike(one: bytes, other: bytes) -> float:
+    """The cosine between two vectors."""
+    left, right = array("f", one), array("f", other)
+    product: float = sum(a * b for a, b in zip(left, right, strict=True))
+    return product / math.hypot(*left) / math.hypot(*right)
+
+
+@pytest.mark.parametrize("rig", EMBEDS, indirect=True)
+async def test_each_input_has_its_own_vector_in_the_inputs_order(rig: Rig) -> None:
+    reply = await embed(rig.embedder(), "A cat sleeps.", "Quarterly revenue rose.", "A cat sleeps.")
+    first, second, third = reply.vectors
+    assert alike(first, third) > 0.999
+    assert alike(first, second) < 0.999
+    assert reply.usage.input_tokens > 0
+    assert reply.model
+
+
+@pytest.mark.parametrize("rig", EMBEDS, indirect=True)
+async def test_shorter_vectors_come_as_asked_for_or_not_at_all(rig: Rig) -> None:
+    try:
+        reply = await embed(rig.embedder(), "A cat sleeps.", dimensions=2)
+    except EngineRequestError:
+        return
+    assert [len(vector) for vector in reply.vectors] == [8]
+
+
+@pytest.mark.parametrize(("rig", "fault"), FAILING_EMBEDS, indirect=["rig"])
+async def test_a_fault_of_an_embedding_becomes_the_error_that_it_means(rig: Rig, fault: str) -> None:
+    engine = rig.failing(fault, EngineTimeouts(first_token_s=0.5, idle_s=0.5))
+    with pytest.raises(EngineError) as caught:
+        await embed(engine, "one", "two")
+    # What was cut before its end is no answer that began: it may be asked for again.
+    expected = {FAULTS[fault]} | ({EngineUnreachableError} if fault == "cut" else set())
+    assert type(caught.value) in expected
+    assert KEY not in f"{caught.value!r} {caught.value} {engine!r} {vars(caught.value)}"
+    assert caught.value.engine == "it"
+
+
+@pytest.mark.parametrize("rig", SERVED, indirect=True)
+async def test_an_input_longer_than_the_context_is_refused_as_that(rig: DoubleRig) -> None:
+    with pytest.raises(ContextOverflowError):
+        await embed(rig.failing("overflow"), "too long")
+
+
+@pytest.mark.parametrize("rig", [LlamaCppRig.kind], indirect=True)
+async def test_an_input_longer_than_the_embedded_models_context_is_refused_as_that(rig: Rig) -> None:
+    with pytest.raises(ContextOverflowError):
+        await embed(rig.embedder(), "too long " * 9000)
+
+
+@pytest.mark.parametrize("rig", [LlamaCppRig.kind], indirect=True)
+async def test_the_embedded_model_writes_too_while_it_gives_vectors(rig: Rig) -> None:
+    engine = rig.embedder()
+    reply, vectors = await asyncio.gather(whole(engine, ask("Hello.", max_tokens=8)), embed(engine, "Hello."))
+    assert reply.text
+    assert vectors.vectors
+
+
+@pytest.mark.parametrize("rig", [LlamaCppRig.kind], indirect=True)
+async def test_an_embedded_model_that_was_not_told_to_gives_no_vectors(rig: Rig) -> None:
+    with pytest.raises(EngineRequestError, match="embeddings"):
+        await embed(rig.engine(), "Hello.")
+
+
+@pytest.mark.parametrize("rig", EMBEDS, indirect=True)
+async def test_a_closed_engine_gives_no_vectors(rig: Rig) -> None:
+    engine = rig.embedder(timeouts=EngineTimeouts(first_token_s=5))
+    await engine.aclose()
+    with pytest.raises(EngineError):
+        await embed(engine, "Hello.")
+
+
+@pytest.mark.parametrize("rig", [OpenAIRig.kind], indirect=True)
+async def test_a_server_that_knows_no_base64_is_understood(rig: OpenAIRig) -> None:
+    engine = rig.engine()
+    known = await embed(engine, "one", "three")
+    rig.double.knows_base64 = False  # type: ignore[attr-defined]  # the OpenAIDouble's
+    assert (await embed(engine, "one", "three")).vectors == known.vectors

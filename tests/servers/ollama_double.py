@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any
 
-from tests.servers.http_double import HTTPDouble, Out, Request, example, pieces
+from tests.servers.http_double import HTTPDouble, Out, Request, example, pieces, vector
 
 SIZE, SIZE_VRAM = 2_019_393_189, 1_800_000_000
 
@@ -42,6 +42,9 @@ class OllamaDouble(HTTPDouble):
         elif route == ("POST", "/api/chat"):
             await self._load(request.json)
             await self._chat(request.json, out)
+        elif route == ("POST", "/api/embed"):
+            await self._load(request.json)
+            await self._embed(request.json, out)
         else:
             await out.whole(404, {"error": "not found"})
 
@@ -102,6 +105,24 @@ class OllamaDouble(HTTPDouble):
                 "eval_count": len(messages),
             },
         )
+        await out.end()
+
+    async def _embed(self, body: Any, out: Out) -> None:
+        vectors = [vector(text)[: body.get("dimensions")] for text in body["input"]]
+        if self.fault == "misshapen":
+            vectors.pop()
+        answer = {"model": body["model"], "embeddings": vectors, "prompt_eval_count": 11}
+        content = json.dumps(answer).encode()
+        out.begin("application/json")
+        match self.fault:
+            case "cut":
+                await out.piece(content[:30])
+                out.cut()
+                return
+            case "malformed":
+                await out.piece(content[:-1])
+            case _:
+                await out.piece(content)
         await out.end()
 
     async def _fault(self, out: Out) -> bool:

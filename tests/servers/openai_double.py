@@ -1,16 +1,19 @@
-"""A double of an OpenAI-compatible server: `/v1/chat/completions` as SSE, `/v1/models`."""
+"""A double of an OpenAI-compatible server: `/v1/chat/completions` as SSE, `/v1/embeddings`, `/v1/models`."""
 
 import asyncio
+import base64
 import json
+from array import array
 from typing import Any
 
-from tests.servers.http_double import HTTPDouble, Out, Request, example, pieces
+from tests.servers.http_double import HTTPDouble, Out, Request, example, pieces, vector
 
 
 class OpenAIDouble(HTTPDouble):
     """As the API reference has it: a role first, `usage: null` until the last event but `[DONE]`."""
 
     knows_tools = True
+    knows_base64 = True
 
     async def answer(self, request: Request, out: Out) -> None:
         """Answer one request."""
@@ -22,6 +25,9 @@ class OpenAIDouble(HTTPDouble):
         elif (request.method, request.path) == ("POST", "/v1/chat/completions"):
             if not await self.refuse(out):
                 await self._chat(request.json, out)
+        elif (request.method, request.path) == ("POST", "/v1/embeddings"):
+            if not await self.refuse(out):
+                await self._embed(request.json, out)
         else:
             await self.other(request, out)
 
@@ -95,6 +101,40 @@ class OpenAIDouble(HTTPDouble):
             }
             await self._send(out, self.event([], usage, model))
         await out.piece(b"data: [DONE]\n\n")
+        await out.end()
+
+    async def _embed(self, body: Any, out: Out) -> None:
+        vectors = [vector(text)[: body.get("dimensions")] for text in body["input"]]
+        if self.fault == "misshapen":
+            vectors.pop()
+        as_base64 = self.knows_base64 and body["encoding_format"] == "base64"
+        rows = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": base64.b64encode(array("f", each).tobytes()).decode() if as_base64 else each,
+            }
+            for index, each in enumerate(vectors)
+        ]
+        content = json.dumps(
+            {
+                "object": "list",
+                # Nothing says that they come in order.
+                "data": rows[::-1],
+                "model": body["model"],
+                "usage": {"prompt_tokens": 11, "total_tokens": 11},
+            }
+        ).encode()
+        out.begin("application/json")
+        match self.fault:
+            case "cut":
+                await out.piece(content[:30])
+                out.cut()
+                return
+            case "malformed":
+                await out.piece(content[:-1])
+            case _:
+                await out.piece(content)
         await out.end()
 
     async def opening(self, out: Out, model: str) -> None:

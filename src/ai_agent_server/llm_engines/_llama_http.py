@@ -8,6 +8,7 @@ import httpx
 import msgspec
 
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, JSONObject
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import (
     EngineError,
     EngineProtocolError,
@@ -17,6 +18,7 @@ from ai_agent_server.errors import (
 )
 from ai_agent_server.llm_engines import _openai_wire as wire
 from ai_agent_server.llm_engines import _tools_by_schema as tools_by_schema
+from ai_agent_server.llm_engines import _vectors
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import refusal, retry_after_s
 from ai_agent_server.llm_engines.base import EngineTimeouts
@@ -103,6 +105,18 @@ class LlamaHTTP:
         finally:
             await response.aclose()
 
+    async def embed(self, request: EmbeddingRequest, model: str) -> EmbeddingReply:
+        """The vectors of the inputs. llama.cpp cannot shorten them."""
+        if request.dimensions is not None:
+            raise EngineRequestError("llama.cpp cannot shorten its vectors", engine=self._engine)
+        body = _vectors.payload(request, model)
+        pace = Pace(self._timeouts, self._engine)
+        with self._translated(connecting=True):
+            async with pace.waiting():
+                response = await self._client.post("/v1/embeddings", json=body)
+        answer = self._decoded(response, "/v1/embeddings", _vectors.Embeddings)
+        return _vectors.reply(answer, request, engine=self._engine)
+
     async def get(self, path: str, shape: type[T]) -> T:
         """What a GET of `path` answers, within the connect time-out. Never touches a model."""
         pace = Pace(
@@ -111,6 +125,9 @@ class LlamaHTTP:
         with self._translated(connecting=True):
             async with pace.waiting():
                 response = await self._client.get(path)
+        return self._decoded(response, path, shape)
+
+    def _decoded(self, response: httpx.Response, path: str, shape: type[T]) -> T:
         if response.status_code != httpx.codes.OK:
             raise self._refused(response, response.content)
         try:

@@ -21,7 +21,7 @@ PROBLEM_CHARS = 500
 
 _OVERFLOW = re.compile(
     r"context_length_exceeded|exceed_context_size|maximum context length|context (size|length|window)"
-    r"|prompt is too long|too many tokens",
+    r"|prompt is too long|too many tokens|too large to process",
     re.IGNORECASE,
 )
 _NO_MODEL = re.compile(r"model_not_found|model\b.*\b(not found|not exist)|no such model", re.IGNORECASE)

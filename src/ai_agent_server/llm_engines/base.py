@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -15,6 +15,7 @@ from ai_agent_server.core.chat import (
     FinishReason,
     ToolCall,
 )
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import EngineProtocolError
 
 Residency = Literal["loaded", "loading", "unloaded", "unknown"]
@@ -88,6 +89,20 @@ class LLMEngine(Protocol):
 
     async def aclose(self) -> None:
         """Close every socket and free what is held."""
+        ...
+
+
+@runtime_checkable
+class EmbeddingEngine(Protocol):
+    """What an engine can do beside, when an LLM on it has the capability `embeddings`.
+
+    The promises are `LLMEngine`'s; tests/conformance/test_llm_engine.py holds every engine that has
+    `embed` to them.
+    """
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
+        """A vector for each input, in their order. No input is cut in silence: one that does not fit
+        is a `ContextOverflowError`."""
         ...
 
 

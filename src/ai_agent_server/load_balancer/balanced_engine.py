@@ -2,8 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Literal
 
 import msgspec
@@ -11,6 +11,7 @@ import structlog
 
 from ai_agent_server.config.settings import BalancerSettings
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, ChatUsage, Decision
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import (
     ContextOverflowError,
     EngineBusyError,
@@ -20,7 +21,7 @@ from ai_agent_server.errors import (
     ModelNotFoundError,
     UnknownLLMError,
 )
-from ai_agent_server.llm_engines.base import ModelCard
+from ai_agent_server.llm_engines.base import EmbeddingEngine, ModelCard
 from ai_agent_server.load_balancer import circuit, estimate
 from ai_agent_server.load_balancer.admission import Admission, Journey, Lease
 from ai_agent_server.load_balancer.base import BalancingStrategy, LLMView, Requirements
@@ -92,24 +93,17 @@ class BalancedEngine:
         """Answer `request`; the first delta says which LLM does, and why."""
         journey = Journey(wanted=self.requirements(request))
         while True:
-            lease = await self._admission.place(journey)
-            try:
-                if lease.waited_s:
-                    self._tell("llm.waited", lease.standing.name, wait_s=lease.waited_s)
-                async with aclosing(self._answer(lease, request)) as deltas:
-                    async for delta in deltas:
-                        yield delta
-            except EngineError as exc:
-                self._blame(lease, exc)
-                if lease.first_token_s is not None or _is_the_askers(exc):
-                    raise
-                pause_s = self._next_step(journey, lease, exc)
-            else:
+            async with self._attempt(journey) as lease, aclosing(self._answer(lease, request)) as deltas:
+                async for delta in deltas:
+                    yield delta
                 return
-            finally:
-                self._admission.release(lease)
-            if pause_s:
-                await self._sleep(pause_s)
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
+        """The vectors of the inputs; the reply says which LLM made them, and why that one."""
+        journey = Journey(wanted=estimate.embedding_requirements(request))
+        while True:
+            async with self._attempt(journey) as lease:
+                return await self._vectors(lease, request)
 
     async def models(self) -> tuple[ModelCard, ...]:
         """Every configured LLM by the name it has here, from what is known: no engine is asked."""
@@ -234,6 +228,38 @@ class BalancedEngine:
                 group.create_task(self._look_at(standing))
 
     # One attempt
+
+    @asynccontextmanager
+    async def _attempt(self, journey: Journey) -> AsyncIterator[Lease]:
+        """A place for one try. A failure that another try may make good ends here, after its pause."""
+        lease = await self._admission.place(journey)
+        try:
+            if lease.waited_s:
+                self._tell("llm.waited", lease.standing.name, wait_s=lease.waited_s)
+            yield lease
+        except EngineError as exc:
+            self._blame(lease, exc)
+            if lease.first_token_s is not None or _is_the_askers(exc):
+                raise
+            pause_s = self._next_step(journey, lease, exc)
+        else:
+            return
+        finally:
+            self._admission.release(lease)
+        if pause_s:
+            await self._sleep(pause_s)
+
+    async def _vectors(self, lease: Lease, request: EmbeddingRequest) -> EmbeddingReply:
+        standing, engine = lease.standing, lease.held.engine
+        if not isinstance(engine, EmbeddingEngine):
+            raise EngineRequestError("this engine cannot embed", engine=standing.name)
+        reply = await engine.embed(request)
+        self._first_token(lease)
+        standing.finished(reply.usage, 0.0)
+        lease.shown = True
+        return msgspec.structs.replace(
+            reply, llm=standing.name, source=standing.settings.source, decision=lease.decision
+        )
 
     async def _answer(self, lease: Lease, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """The engine's deltas. What comes before the first token is held back: it binds nobody yet."""

@@ -5,6 +5,7 @@ from typing import Protocol
 import msgspec
 
 from ai_agent_server.core.chat import Capability, ChatRequest, ImagePart, TextPart
+from ai_agent_server.core.embedding import EmbeddingRequest
 from ai_agent_server.load_balancer.base import LLMView, Requirements
 
 BYTES_PER_TOKEN = 3.5
@@ -59,6 +60,22 @@ def requirements(request: ChatRequest) -> Requirements:
         needs=frozenset(needs),
         input_tokens=input_tokens(request),
         output_tokens=request.max_tokens if request.max_tokens is not None else OUTPUT_TOKENS,
+        max_cost_usd=route.max_cost_usd,
+    )
+
+
+def embedding_requirements(request: EmbeddingRequest) -> Requirements:
+    """What `request` asks of an LLM: each input has to fit its context alone, and nothing is written."""
+    route = request.route
+    longest_bytes = max((len(text.encode("utf-8", "surrogatepass")) for text in request.inputs), default=0)
+    return Requirements(
+        llm=route.llm,
+        tier=route.tier,
+        prefer=route.prefer,
+        privacy=route.privacy,
+        needs=frozenset({"embeddings"}),
+        input_tokens=round(longest_bytes / BYTES_PER_TOKEN),
+        output_tokens=0,
         max_cost_usd=route.max_cost_usd,
     )
 

@@ -185,6 +185,9 @@ def _assignment(view: LLMView, asked: Asked) -> str | None:
         return f"the request is assigned to {name!r}, which is not configured"
     if asked.assigned_serves:
         return f"the request is assigned to {name}, which can serve"
+    if "embeddings" in asked.wanted.needs:
+        # An index that holds vectors of two models finds nothing, and nobody is told.
+        return f"its vectors cannot be compared with those of {name}"
     if view.tier != assigned.tier:
         return f"only another of tier {assigned.tier} may stand in for {name}"
     return None

@@ -10,6 +10,7 @@ import openai
 from openai.types.chat import ChatCompletionChunk
 
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, JSONObject
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import (
     EngineError,
     EngineProtocolError,
@@ -18,6 +19,7 @@ from ai_agent_server.errors import (
     EngineUnreachableError,
 )
 from ai_agent_server.llm_engines import _openai_wire as wire
+from ai_agent_server.llm_engines import _vectors
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import in_stream, refusal, retry_after_s
 from ai_agent_server.llm_engines.base import EngineSpec, ModelCard
@@ -100,6 +102,25 @@ class OpenAIEngine:
             yield answer.end()
         finally:
             await chunks.close()
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
+        """The vectors of the inputs."""
+        name = self._spec.name
+        pace = Pace(self._spec.timeouts, name)
+        with self._translated(connecting=True):
+            async with pace.waiting():
+                # The body is ours: to a vector that it did not ask for by itself the client does nothing.
+                answer = await self._client.embeddings.create(
+                    model=self._spec.model,
+                    input=list(request.inputs),
+                    encoding_format="base64",
+                    extra_body={**_vectors.payload(request, self._spec.model), **self._options.extra_body},
+                )
+        try:
+            plain = msgspec.convert(answer, _vectors.Embeddings, from_attributes=True)
+        except msgspec.ValidationError as exc:
+            raise EngineProtocolError("the vectors have another shape", engine=name) from exc
+        return _vectors.reply(plain, request, engine=name)
 
     async def models(self) -> tuple[ModelCard, ...]:
         """What the server lists; it says nothing of memory."""

@@ -23,6 +23,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     gpu_layers: int
     prompt_cache_mb: int
     api_key: str
+    pooling: str = ""
+    """How the tokens' vectors become a text's: `` for chat alone, `model` as the file says, or its name."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +52,14 @@ def main() -> None:
         params.cpuparams_batch.n_threads = order.threads
         # A cancel is seen between two batches: small ones free the slot of a long prompt soon.
         params.n_batch = 512
+        if order.pooling:
+            params.embedding = True
+            # A text goes through whole or not at all.
+            params.n_batch = params.n_ubatch = order.context_tokens
+            if order.pooling != "model":
+                params.pooling_type = getattr(
+                    xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{order.pooling.upper()}"
+                )
         params.cache_ram_mib = order.prompt_cache_mb
         params.warmup = False
         params.ui = False

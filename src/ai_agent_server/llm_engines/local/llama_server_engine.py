@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from ai_agent_server.core.chat import ChatDelta, ChatRequest
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.llm_engines._llama_http import LlamaHTTP
 from ai_agent_server.llm_engines.base import EngineSpec, ModelCard, Residency
 
@@ -69,6 +70,10 @@ class LlamaServerEngine:
         async with aclosing(self._http.stream(request, self._spec.model, extra)) as deltas:
             async for delta in deltas:
                 yield delta
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
+        """The vectors of the inputs; the server has to be started with `--embeddings`."""
+        return await self._http.embed(request, self._spec.model)
 
     async def models(self) -> tuple[ModelCard, ...]:
         """What it serves; a router (several models) also says which of them are in memory."""

@@ -18,6 +18,7 @@ from ai_agent_server.core.chat import (
     Message,
     ToolCallDelta,
 )
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import (
     EngineError,
     EngineProtocolError,
@@ -26,6 +27,7 @@ from ai_agent_server.errors import (
     EngineUnreachableError,
 )
 from ai_agent_server.llm_engines import _tools_by_schema as tools_by_schema
+from ai_agent_server.llm_engines import _vectors
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import in_stream, refusal, retry_after_s
 from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts, ModelCard
@@ -65,6 +67,27 @@ class OllamaEngine:
         async with aclosing(deltas):
             async for delta in deltas:
                 yield delta
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
+        """The vectors of the inputs. Ollama is told not to cut what is too long: it does so in silence."""
+        name = self._spec.name
+        pace = self._pace(self._spec.timeouts.first_token_s)
+        with self._translated(connecting=True):
+            async with pace.waiting():
+                answer = await self._client.embed(
+                    self._spec.model,
+                    request.inputs,
+                    truncate=False,
+                    options=self._load_options(),
+                    keep_alive=self._options.keep_alive,
+                    dimensions=request.dimensions,
+                )
+        vectors = tuple(_vectors.packed(vector, engine=name) for vector in answer.embeddings)
+        return EmbeddingReply(
+            vectors=_vectors.checked(vectors, request, engine=name),
+            usage=ChatUsage(input_tokens=answer.prompt_eval_count or 0),
+            model=answer.model or "",
+        )
 
     async def models(self) -> tuple[ModelCard, ...]:
         """What is installed, and what of it is in memory: on the GPU where any of it is."""

@@ -4,6 +4,8 @@ For tests and benchmarks. Nothing uses it unless a configuration names it.
 """
 
 import asyncio
+import hashlib
+import math
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Literal, assert_never
@@ -18,6 +20,7 @@ from ai_agent_server.core.chat import (
     JSONObject,
     ToolCallDelta,
 )
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import (
     EngineAuthError,
     EngineBusyError,
@@ -28,12 +31,14 @@ from ai_agent_server.errors import (
     EngineTimeoutError,
     EngineUnreachableError,
 )
+from ai_agent_server.llm_engines import _vectors
 from ai_agent_server.llm_engines.base import EngineSpec, ModelCard, Residency
 
 __all__ = ("ScriptedEngine",)
 
 MODEL = "scripted"
 KEPT_REQUESTS = 10_000
+DIMENSIONS = 16
 
 Failure = Literal["unreachable", "timeout", "busy", "auth", "request", "failed", "protocol", "cut"]
 """Which error to raise; `cut` gives half of the text first."""
@@ -128,6 +133,24 @@ class ScriptedEngine:
             model=MODEL,
         )
 
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
+        """Unit vectors that depend on the text alone: the same text, the same vector."""
+        name = self._spec.name
+        if self._closed:
+            raise EngineUnreachableError("the engine was closed", engine=name)
+        self._asked += 1
+        self._residency = "loaded"
+        failure = self._scripted_failure()
+        await asyncio.sleep(self._options.delay_s)
+        if failure is not None:
+            raise self._error(failure)
+        size = DIMENSIONS if request.dimensions is None else request.dimensions
+        return EmbeddingReply(
+            vectors=tuple(_vectors.packed(_direction(text, size), engine=name) for text in request.inputs),
+            usage=ChatUsage(input_tokens=sum(len(text.split()) for text in request.inputs)),
+            model=MODEL,
+        )
+
     async def models(self) -> tuple[ModelCard, ...]:
         """The one it plays."""
         return (ModelCard(name=MODEL, residency=self._residency, context_tokens=self._spec.context_tokens),)
@@ -178,6 +201,14 @@ class ScriptedEngine:
                 return EngineProtocolError("scripted: malformed answer", engine=name)
             case _:
                 assert_never(failure)
+
+
+def _direction(text: str, size: int) -> list[float]:
+    """A unit vector out of the text's hash."""
+    noise = hashlib.shake_128(text.encode("utf-8", "surrogatepass")).digest(size)
+    numbers = [byte - 127.5 for byte in noise]
+    length = math.hypot(*numbers)
+    return [number / length for number in numbers]
 
 
 def _words(text: str) -> list[str]:
