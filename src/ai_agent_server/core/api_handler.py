@@ -5,7 +5,7 @@ import hmac
 import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
@@ -18,10 +18,9 @@ from litestar.exceptions import (
     NotAuthorizedException,
     PermissionDeniedException,
 )
-from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
+from litestar.handlers import ASGIRouteHandler, BaseRouteHandler, HTTPRouteHandler
 from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
-from litestar.types import Receive, Send
 from msgspec import UNSET
 
 from ai_agent_server.config.settings import LLMSettings, RoleSettings, Settings, json_schema, secret
@@ -48,9 +47,11 @@ from ai_agent_server.core.api_schemas import (
     problem,
     refusal,
 )
+from ai_agent_server.core.event_stream import EventStream
 from ai_agent_server.core.metrics import PROMETHEUS_TEXT, Metrics
 from ai_agent_server.core.packet_json import decode, decode_query
 from ai_agent_server.core.ports import Balancer, HealthReport, Orchestration, ReloadReport
+from ai_agent_server.core.request_body import read_body
 from ai_agent_server.core.task_packet import (
     FINAL_EVENTS,
     AnyTaskEvent,
@@ -103,13 +104,16 @@ def create_app(
     environ: Mapping[str, str] | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
     write_timeout_s: float = WRITE_TIMEOUT_S,
+    more: Sequence[HTTPRouteHandler | ASGIRouteHandler] = (),
+    refused: Callable[[AnyRequest, Exception], Response[bytes] | None] = lambda _request, _exc: None,
 ) -> Litestar:
     """The ASGI application.
 
     `settings` answers the configuration in force, `task_file` where a person finds a task's state.
     `environ` is where the keys of LLMs are looked for, to say whether they are set.
     With an `api_key` every route but health asks for it. `reload` raises `ConfigurationError` and
-    then has changed nothing.
+    then has changed nothing. `more` are other surfaces' routes; `refused` answers an error in the form
+    of such a surface, or None where the path is none of theirs.
     """
     tasks = TaskRoutes(
         engine=engine,
@@ -127,17 +131,24 @@ def create_app(
         version=version,
         environ=environ or {},
     )
-    handlers = [*tasks.handlers(), *server.handlers()]
+    handlers = [*tasks.handlers(), *server.handlers(), *more]
+
+    def in_form(answer: Callable[[AnyRequest, Any], Response[bytes]]) -> Any:
+        def handler(request: AnyRequest, exc: Exception) -> Response[bytes]:
+            return refused(request, exc) or answer(request, exc)
+
+        return handler
+
     return Litestar(
         # Litestar's own OPTIONS of a path knows the first method that was registered there, and only it.
         route_handlers=[*_options(handlers), *handlers],
         guards=[_refuse_foreign_page if api_key is None else _key_guard(api_key)],
         exception_handlers={
-            AgentServerError: _on_our_error,
-            HTTPException: _on_refusal,
-            Exception: _on_failure,
+            AgentServerError: in_form(_on_our_error),
+            HTTPException: in_form(_on_refusal),
+            Exception: in_form(_on_failure),
         },
-        # Bodies are bounded by the configuration in force, in `_read_body`.
+        # Bodies are bounded by the configuration in force, in `read_body`.
         request_max_body_size=None,
         openapi_config=None,
         logging_config=None,
@@ -248,7 +259,7 @@ class TaskRoutes:
         followed = self._engine.follow(packet.task_id, since=since)
         return EventStream(
             _frames(packet, followed, keep_alive_s=self._keep_alive_s),
-            task_id=packet.task_id,
+            about={"task_id": packet.task_id},
             write_timeout_s=self._write_timeout_s,
         )
 
@@ -265,7 +276,7 @@ class TaskRoutes:
         return headers
 
     async def _body(self, request: AnyRequest) -> bytes:
-        return await _read_body(request, int(self._settings().server.max_body_mb * 1024 * 1024))
+        return await read_body(request, int(self._settings().server.max_body_mb * 1024 * 1024))
 
 
 class ServerRoutes:
@@ -385,55 +396,11 @@ class ServerRoutes:
         return Response(api_document.page(self._document), media_type=MediaType.HTML)
 
     async def _body(self, request: AnyRequest) -> bytes:
-        return await _read_body(request, int(self._settings().server.max_body_mb * 1024 * 1024))
+        return await read_body(request, int(self._settings().server.max_body_mb * 1024 * 1024))
 
     def _cards(self) -> tuple[LLMCard, ...]:
         settings = self._settings()
         return tuple(_llm_card(view, settings, self._environ) for view in self._balancer.views())
-
-
-class EventStream(ASGIResponse):
-    """Server-sent events: `frames` until they end, the client leaves, or it stops reading."""
-
-    _should_set_content_length = False
-
-    def __init__(self, frames: AsyncGenerator[bytes], *, task_id: str, write_timeout_s: float) -> None:
-        super().__init__(
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-        )
-        self._frames = frames
-        self._task_id = task_id
-        self._write_timeout_s = write_timeout_s
-
-    async def send_body(self, send: Send, receive: Receive) -> None:
-        """Write until one of the two sides is done; a client that leaves cancels nothing but this."""
-        writing = asyncio.ensure_future(self._write(send))
-        leaving = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (writing, leaving):
-                task.cancel()
-            results = await asyncio.gather(writing, leaving, return_exceptions=True)
-        if isinstance(results[0], Exception):
-            # The status line is long gone: the end without a final event is all that can be said.
-            log.error("events.failed", task_id=self._task_id, exc_info=results[0])
-
-    async def _write(self, send: Send) -> None:
-        try:
-            async with aclosing(self._frames) as frames:
-                async for frame in frames:
-                    async with asyncio.timeout(self._write_timeout_s):
-                        await send({"type": "http.response.body", "body": frame, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
-            log.info("events.slow_reader_cut", task_id=self._task_id)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _frames(
@@ -471,9 +438,11 @@ def _frame(event: AnyTaskEvent | Progress) -> bytes:
     return data if isinstance(event, Progress) else b"id: %d\n" % event.seq + data
 
 
-def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
+def _options(handlers: Sequence[HTTPRouteHandler | ASGIRouteHandler]) -> list[HTTPRouteHandler]:
     methods: dict[str, set[str]] = {}
     for handler in handlers:
+        if not isinstance(handler, HTTPRouteHandler):
+            continue
         for path in handler.paths:
             methods.setdefault(path, {"OPTIONS"}).update(handler.http_methods)
 
@@ -519,25 +488,6 @@ def _refuse_foreign_page(connection: ASGIConnection[Any, Any, Any, Any], _handle
         raise PermissionDeniedException(
             "a page from elsewhere may not use a server that asks for no API key; start it with one"
         )
-
-
-async def _read_body(request: AnyRequest, limit_bytes: int) -> bytes:
-    """The body, read no further than `limit_bytes`."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != JSON and not (media_type.startswith("application/") and media_type.endswith("+json")):
-        raise HTTPException(
-            f"the body is declared as {media_type or 'nothing'}; send it with `Content-Type: {JSON}`",
-            status_code=415,
-        )
-    too_large = HTTPException(f"the body may have {limit_bytes} bytes (server.max_body_mb)", status_code=413)
-    if (request.content_length or 0) > limit_bytes:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_large
-    return bytes(body)
 
 
 def _query(request: AnyRequest, kind: type[T]) -> T:

@@ -142,7 +142,7 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
 
     The last delta of every good stream has a `finish_reason`; a stream that ends without one was
     cut, and the engine must raise instead. `usage` comes at the latest with the last delta.
-    `llm`, `source`, `decision` and `engine_ms` are set by the balancer on the first delta it passes on.
+    `llm`, `source`, `decision` and the times are set by the balancer on the first delta it passes on.
     """
 
     text: str = ""
@@ -156,7 +156,9 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
     source: Literal["local", "api", ""] = ""
     decision: Decision | None = None
     engine_ms: float = 0.0
-    """How long the first token was waited for: for a place, and for the engine. What is left is ours."""
+    """From sending to the first token."""
+    queued_ms: float = 0.0
+    """Before that: the wait for a place, and tries that failed. What is left of all the time is our own."""
 
 
 class ChatReply(msgspec.Struct, frozen=True, kw_only=True):

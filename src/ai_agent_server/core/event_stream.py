@@ -1,0 +1,66 @@
+"""Server-sent events on their way to a client that may be slow, or leave."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+
+import structlog
+from litestar.response.base import ASGIResponse
+from litestar.types import Receive, Send
+
+log = structlog.get_logger(__name__)
+
+__all__ = ("EventStream", "disconnected")
+
+
+class EventStream(ASGIResponse):
+    """`frames` until they end, the client leaves, or it stops reading; then they are closed."""
+
+    _should_set_content_length = False
+
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes],
+        *,
+        about: Mapping[str, str],
+        write_timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """`about` names the stream in the log."""
+        super().__init__(
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})},
+        )
+        self._frames = frames
+        self._about = about
+        self._write_timeout_s = write_timeout_s
+
+    async def send_body(self, send: Send, receive: Receive) -> None:
+        """Write until one of the two sides is done; a client that leaves cancels nothing but this."""
+        writing = asyncio.ensure_future(self._write(send))
+        leaving = asyncio.ensure_future(disconnected(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            results = await asyncio.gather(writing, leaving, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            # The status line is long gone: the end without a final event is all that can be said.
+            log.error("events.failed", **self._about, exc_info=results[0])
+
+    async def _write(self, send: Send) -> None:
+        try:
+            async with aclosing(self._frames) as frames:
+                async for frame in frames:
+                    async with asyncio.timeout(self._write_timeout_s):
+                        await send({"type": "http.response.body", "body": frame, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            log.info("events.slow_reader_cut", **self._about)
+
+
+async def disconnected(receive: Receive) -> None:
+    """Until the client is gone. To be asked once the whole body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
