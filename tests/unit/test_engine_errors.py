@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx
 import httpx2
 import ollama
@@ -20,6 +21,7 @@ from ai_agent_server.errors import (
     EngineUnreachableError,
 )
 from ai_agent_server.llm_engines import _llama_http as llama_http
+from ai_agent_server.llm_engines.api.anthropic_engine import AnthropicEngine
 from ai_agent_server.llm_engines.api.openai_engine import OpenAIEngine
 from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts
 from ai_agent_server.llm_engines.local.ollama_engine import OllamaEngine
@@ -45,6 +47,17 @@ STATUS: dict[str, type[EngineError]] = {
     "PermissionDeniedError": EngineAuthError,
     "RateLimitError": EngineBusyError,
     "InternalServerError": EngineFailedError,
+}
+
+ANTHROPIC_STATUS: dict[int, type[EngineError]] = {
+    401: EngineAuthError,
+    402: EngineAuthError,
+    403: EngineAuthError,
+    408: EngineFailedError,
+    429: EngineBusyError,
+    501: EngineRequestError,
+    503: EngineBusyError,
+    529: EngineBusyError,
 }
 
 
@@ -166,6 +179,62 @@ async def test_every_error_of_the_openai_client_becomes_ours(error: type[Any]) -
     elif error is openai.APIError:
         expected = EngineFailedError
     assert type(caught.value) is expected
+
+
+def anthropic_errors() -> list[type[Any]]:
+    """Every class that the client exports; those below them differ by a code in the body alone."""
+    found = {error for error in family(anthropic.AnthropicError) if vars(anthropic).get(error.__name__)}
+    return sorted(found, key=str)
+
+
+def anthropic_made(error: type[Any]) -> Exception:
+    request = httpx2.Request("POST", "http://127.0.0.1/")
+    if issubclass(error, anthropic.APIStatusError):
+        status = getattr(error, "status_code", 500)
+        response = httpx2.Response(status if isinstance(status, int) else 500, request=request)
+        body = {"type": "error", "error": {"type": "some_error", "message": "said"}}
+        return error("said", response=response, body=body)
+    if issubclass(error, anthropic.APIResponseValidationError):
+        return error(httpx2.Response(200, request=request), {})
+    if error is anthropic.APITimeoutError:
+        return anthropic.APITimeoutError(request)
+    if issubclass(error, anthropic.APIConnectionError):
+        return error(request=request)
+    if issubclass(error, anthropic.APIError):
+        return error("said", request, body={})
+    instance: Exception = error("said")
+    return instance
+
+
+@pytest.mark.parametrize("error", anthropic_errors())
+async def test_every_error_of_the_anthropic_client_becomes_ours(error: type[Any]) -> None:
+    engine = AnthropicEngine(SPEC, AnthropicEngine.Options())
+    theirs = anthropic_made(error)
+    with pytest.raises(EngineError) as caught, engine._translated():
+        raise theirs
+    await engine.aclose()
+    assert caught.value.__cause__ is theirs
+    expected: type[EngineError] = EngineRequestError
+    if issubclass(error, anthropic.APIStatusError):
+        status = theirs.status_code  # type: ignore[attr-defined]
+        expected = ANTHROPIC_STATUS.get(status, EngineFailedError if status >= 500 else EngineRequestError)
+    elif error is anthropic.APITimeoutError:
+        expected = EngineTimeoutError
+    elif issubclass(error, (anthropic.APIConnectionError, anthropic.APIResponseValidationError)):
+        expected = EngineProtocolError
+    elif issubclass(error, anthropic.APIError):
+        expected = EngineFailedError
+    assert type(caught.value) is expected
+
+
+@pytest.mark.parametrize("error", transport_errors(httpx2))
+async def test_every_httpx2_error_below_the_anthropic_client_becomes_ours(error: type[Any]) -> None:
+    engine = AnthropicEngine(SPEC, AnthropicEngine.Options())
+    cause = made(error, httpx2)
+    with pytest.raises(EngineError) as caught, engine._translated():
+        raise anthropic.APIConnectionError(request=httpx2.Request("POST", "http://127.0.0.1/")) from cause
+    await engine.aclose()
+    assert type(caught.value) is TRANSPORT.get(error.__name__, EngineProtocolError)
 
 
 @pytest.mark.parametrize("error", transport_errors(httpx2))
