@@ -42,6 +42,7 @@ NAMED = Requirements(llm="local-small")
         (changed(LOCAL, locked=True), NAMED, (API,), None),
         (changed(LOCAL, locked=True), Requirements(), (API,), None),
         (API, Requirements(privacy="local"), (), "LB-3 privacy"),
+        (API, Requirements(allowed=("local-small",)), (LOCAL,), "LB-10 allowed"),
         (LOCAL, Requirements(privacy="local"), (), None),
         (API, NAMED, (LOCAL,), "LB-4 assignment"),
         (changed(API, tier="small"), NAMED, (LOCAL,), "LB-4 assignment"),

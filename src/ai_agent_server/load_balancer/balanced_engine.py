@@ -91,11 +91,13 @@ class BalancedEngine:
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`; the first delta says which LLM does, and why."""
-        journey = Journey(wanted=self.requirements(request))
+        journey, began_s = Journey(wanted=self.requirements(request)), self._clock()
         while True:
-            async with self._attempt(journey) as lease, aclosing(self._answer(lease, request)) as deltas:
-                async for delta in deltas:
-                    yield delta
+            async with self._attempt(journey) as lease:
+                queued_s = lease.started_s - began_s if lease.waited_s or journey.attempts else 0.0
+                async with aclosing(self._answer(lease, request, queued_s)) as deltas:
+                    async for delta in deltas:
+                        yield delta
                 return
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
@@ -261,9 +263,11 @@ class BalancedEngine:
             reply, llm=standing.name, source=standing.settings.source, decision=lease.decision
         )
 
-    async def _answer(self, lease: Lease, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+    async def _answer(
+        self, lease: Lease, request: ChatRequest, queued_s: float
+    ) -> AsyncGenerator[ChatDelta, None]:
         """The engine's deltas. What comes before the first token is held back: it binds nobody yet."""
-        standing = lease.standing
+        standing, sent_s = lease.standing, self._clock()
         usage, model, held_back_s, ended = ChatUsage(), "", 0.0, False
         async with aclosing(lease.held.engine.stream(request)) as deltas:
             async for delta in deltas:
@@ -271,7 +275,7 @@ class BalancedEngine:
                 ended = ended or delta.finish_reason is not None
                 if lease.first_token_s is not None:
                     passed_on = delta
-                elif delta.text or delta.tool_calls or ended:
+                elif delta.text or delta.tool_calls or delta.reasoning or ended:
                     self._first_token(lease)
                     passed_on = msgspec.structs.replace(
                         delta,
@@ -280,6 +284,8 @@ class BalancedEngine:
                         llm=standing.name,
                         source=standing.settings.source,
                         decision=lease.decision,
+                        engine_ms=1000 * (self._clock() - sent_s),
+                        queued_ms=1000 * queued_s,
                     )
                 else:
                     continue

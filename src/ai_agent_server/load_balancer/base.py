@@ -47,6 +47,8 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True):
     llm: str | None = None
     tier: Tier | None = None
     prefer: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+    """LLMs that may serve; empty: all."""
     privacy: Privacy = "any"
     needs: frozenset[Capability] = frozenset({"chat"})
     input_tokens: int = 0

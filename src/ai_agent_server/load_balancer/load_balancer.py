@@ -176,6 +176,12 @@ def _privacy(view: LLMView, asked: Asked) -> str | None:
     return None
 
 
+def _allowed(view: LLMView, asked: Asked) -> str | None:
+    if asked.wanted.allowed and view.name not in asked.wanted.allowed:
+        return "whoever asks may not use it"
+    return None
+
+
 def _assignment(view: LLMView, asked: Asked) -> str | None:
     name, assigned = asked.wanted.llm, asked.assigned
     if name is None or view.name == name:
@@ -236,6 +242,7 @@ RULES: tuple[Rule, ...] = (
     Rule(1, "toggle", _toggle),
     Rule(2, "lock", _lock),
     Rule(3, "privacy", _privacy),
+    Rule(10, "allowed", _allowed),
     Rule(4, "assignment", _assignment),
     Rule(5, "capability", _capability),
     Rule(6, "context", _context),
