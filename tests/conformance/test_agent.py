@@ -18,6 +18,7 @@ PAYLOADS: dict[str, JSONObject] = {
     "productivity.classify": {"text": "I was charged twice.", "labels": ["billing", "other"]},
     "productivity.extract": {"text": "Ada is 36.", "fields": {"age": {"type": "integer"}}},
     "productivity.summarize": {"text": "A long story. " * 50},
+    "productivity.rewrite": {"text": "A long story.", "instructions": "Shorter."},
     "productivity.vision": {"task": "What is it?", "image": f"data:image/png;base64,{PIXEL}"},
     "prompt": {"text": "hello", "instructions": "shout"},
 }

@@ -88,8 +88,10 @@ async def test_a_label_that_was_not_given_is_refused() -> None:
 async def test_all_labels_that_fit() -> None:
     task = Task("productivity", "classify", {"text": "x", "labels": ["a", "b", "c"], "multiple": True})
     assert (await task.run("classify", Chat('{"labels": ["a", "c"]}'))).output == {"labels": ["a", "c"]}
+    # No grammar can say that each comes once.
+    assert (await task.run("classify", Chat('{"labels": ["a", "a"]}'))).output == {"labels": ["a"]}
     with pytest.raises(InvalidOutputError):
-        await task.run("classify", Chat('{"labels": ["a", "a"]}'))
+        await task.run("classify", Chat('{"labels": ["d"]}'))
 
 
 # --- extract ---
@@ -131,42 +133,71 @@ async def test_a_short_text_takes_one_call() -> None:
     outcome = await task.run("summarize", chat)
     assert (outcome.verdict, outcome.output) == (
         "done",
-        {"summary": "Rain.", "read_chars": 10, "total_chars": 10},
+        {"summary": "Rain.", "pieces": 1, "complete": True},
     )
     assert "At most 5 words" in chat.prompt
-    assert "so far:" not in chat.prompt
+    assert "parts" not in chat.prompt
 
 
-async def test_a_long_text_is_read_to_its_end_one_piece_a_step() -> None:
+async def test_a_long_text_is_read_to_its_end_and_merged_one_exchange_a_step() -> None:
     words = [f"word{number}" for number in range(400)]
     task = Task("productivity", "summarize", {"text": " ".join(words)})
-    seen = ""
-    summaries: list[str] = []
+    seen: list[str] = []
     for number in range(20):
-        chat = Chat(f"summary {number}")
-        outcome = await task.run("summarize", chat, options={"piece_chars": 500})
+        chat = Chat(f"Summary number {number}.")
+        outcome = await task.run("summarize", chat, options={"piece_tokens": 150})
         assert len(chat.sent) == 1
-        assert len(chat.prompt) < 1200
-        if summaries:
-            assert summaries[-1] in chat.prompt
-        summaries.append(f"summary {number}")
-        seen += chat.prompt
+        assert len(chat.prompt) < 1000
+        seen.append(chat.prompt)
         if outcome.verdict == "done":
             break
-    assert outcome.verdict == "done"
-    assert len(summaries) == 7
-    assert all(word in seen for word in words)
+    assert all(word in "".join(seen) for word in words)
+    # Six pieces were read, then all that was written of them.
+    assert outcome.output == {"summary": "Summary number 6.", "pieces": 7, "complete": True}
+    assert all(f"Summary number {number}." in seen[-1] for number in range(6))
+
+
+async def test_a_step_that_was_unusable_is_asked_again_and_leaves_no_gap() -> None:
+    task = Task("productivity", "summarize", {"text": "One. " * 300})
+    await task.run("summarize", Chat("First."), options={"piece_tokens": 250})
+    with pytest.raises(InvalidOutputError):
+        await task.run("summarize", Chat("  "), options={"piece_tokens": 250})
+    await task.run("summarize", Chat("Second."), attempt=2, options={"piece_tokens": 250})
+    chat = Chat("Both.")
+    outcome = await task.run("summarize", chat, options={"piece_tokens": 250})
+    assert outcome.output == {"summary": "Both.", "pieces": 3, "complete": True}
+    assert "First.\n\nSecond." in chat.prompt
 
 
 async def test_a_piece_of_no_size_is_a_mistake_in_the_configuration() -> None:
     task = Task("productivity", "summarize", {"text": "It rained."})
-    with pytest.raises(ConfigurationError, match="piece_chars"):
-        await task.run("summarize", Chat("Rain."), options={"piece_chars": 0})
+    with pytest.raises(ConfigurationError, match="piece_tokens"):
+        await task.run("summarize", Chat("Rain."), options={"piece_tokens": 0})
 
 
 def test_the_packaged_routes_bring_a_long_text_back() -> None:
     routes = packaged().profiles["productivity"].workflow.routes
     assert [edge.to for edge in routes["summarize.more"]] == ["summarize"]
+    assert [edge.to for edge in routes["rewrite.more"]] == ["rewrite"]
+
+
+# --- rewrite ---
+
+
+async def test_a_long_text_is_rewritten_part_by_part() -> None:
+    text = "\n\n".join(f"Paragraph {number} says little." for number in range(40))
+    task = Task("productivity", "rewrite", {"text": text, "instructions": "Shorter."})
+    first = Chat("A.")
+    assert (await task.run("rewrite", first, options={"piece_tokens": 200})).verdict == "more"
+    outcome = await task.run("rewrite", Chat("B."), options={"piece_tokens": 200})
+    assert (outcome.verdict, outcome.output) == ("done", {"text": "A.\n\nB."})
+    assert first.prompt.rstrip().endswith("Rewrite it: Shorter.")
+
+
+async def test_a_rewriting_that_was_cut_off_is_none() -> None:
+    task = Task("productivity", "rewrite", {"text": "x", "instructions": "Longer."})
+    with pytest.raises(InvalidOutputError, match="cut off"):
+        await task.run("rewrite", Chat("And so on and", finish_reason="length"))
 
 
 # --- vision ---

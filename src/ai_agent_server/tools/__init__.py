@@ -1,0 +1,1 @@
+"""Small jobs on a text, pure: what to ask an LLM, and what is made of its answers."""
