@@ -42,12 +42,13 @@ def meaning(problem: OSError, path: Path | str) -> StoreError:
     return StoreUnusableError(f"{where}: {problem.strerror}")
 
 
-def place(path: Path, content: bytes) -> None:
+def place(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Put `content` at `path` whole, or leave there what was. It survives a crash after `sync_folder`.
 
-    Raises `OSError`; the temporary file is gone then.
+    Without `sync` it survives the end of the process alone. Raises `OSError`; the temporary file is
+    gone then.
     """
-    temporary = beside(path, content, sync=True)
+    temporary = beside(path, content, sync=sync)
     try:
         temporary.rename(path)
     except OSError:

@@ -73,6 +73,10 @@ def file_in(root: Path, task_id: str) -> Path:
     return Path(JsonFileStore(root).location(task_id))
 
 
+def at_once() -> None:
+    """The catching up of files that are never late."""
+
+
 def segment_in(root: Path) -> Path:
     (path,) = (root / "journal").iterdir()
     return path
@@ -170,7 +174,7 @@ async def test_a_frame_that_broke_in_the_middle_is_kept_for_a_person_and_the_oth
 
 async def test_a_prompt_cannot_pretend_to_be_a_frame(tmp_path: Path) -> None:
     forged = str(uuid_utils.uuid7())
-    other = Journal(tmp_path / "other", lambda task_id: tmp_path / task_id)
+    other = Journal(tmp_path / "other", lambda task_id: tmp_path / task_id, at_once)
     other.folder.mkdir()
     other.append([Frame(forged, b"{}")])
     frame = next(other.folder.iterdir()).read_bytes()
@@ -283,7 +287,7 @@ async def test_a_journal_without_space_refuses_and_the_next_write_works(tmp_path
 
 def test_a_full_segment_is_retired_while_the_next_one_is_written(tmp_path: Path) -> None:
     task_ids = [str(uuid_utils.uuid7()) for _ in range(40)]
-    journal = Journal(tmp_path / "journal", lambda task_id: tmp_path / task_id, segment_bytes=1000)
+    journal = Journal(tmp_path / "journal", lambda task_id: tmp_path / task_id, at_once, segment_bytes=1000)
     journal.folder.mkdir()
     for task_id in task_ids:
         journal.append([Frame(task_id, b"x" * 300)])
@@ -319,12 +323,27 @@ async def test_a_checkpoint_while_tasks_are_written_loses_nothing(tmp_path: Path
         assert (await store.health()).corrupt == 0
 
 
-async def test_a_start_that_finds_no_space_for_the_journals_files_keeps_the_journal(tmp_path: Path) -> None:
+async def test_a_start_that_finds_no_space_for_the_journals_files_shows_what_is_in_it(
+    tmp_path: Path,
+) -> None:
     async with opened(tmp_path / "state") as store:
         task = await accepted(store, prompt="x" * 20_000)
+        over = await canceled(store, await accepted(store, prompt="y" * 20_000))
+        other = await accepted(store)
         root = after_the_cut(tmp_path / "state", tmp_path / "cut")
-    file_in(root, task.task_id).unlink()
-    with no_file_longer_than(10_000), pytest.raises(StoreFullError, match=os.strerror(errno.EFBIG)):
-        await JsonFileStore(root).open()
+    for lost in (task, over):
+        file_in(root, lost.task_id).unlink()
+    with no_file_longer_than(10_000):
+        async with opened(root) as store:
+            assert [await store.read(each.task_id) for each in (task, over, other)] == [task, over, other]
+            assert set(await store.live()) == {task.task_id, other.task_id}
+            with pytest.raises(StoreFullError, match=os.strerror(errno.EFBIG)):
+                await started(store, other)
+            with pytest.raises(StoreFullError):
+                await store.delete(over.task_id)
+            assert await store.read(other.task_id) == other
     async with opened(root) as store:
-        assert await store.read(task.task_id) == task
+        assert [await store.read(each.task_id) for each in (task, over, other)] == [task, over, other]
+        assert (await store.health()).corrupt == 0
+        await started(store, task)
+    assert not (root / "journal").exists()

@@ -27,10 +27,13 @@ from ai_agent_server.errors import (
     TaskNotFoundError,
 )
 from ai_agent_server.tasks_state._files import Blobs, Written, blobs_in, decode, decode_head, encode
-from ai_agent_server.tasks_state._journal import Frame, Journal, frames, segments, sync_files
+from ai_agent_server.tasks_state._journal import Frame, Journal, frames, segments
 from ai_agent_server.tasks_state._lock import FolderLock
 
 _PROBE_BYTES = 4096
+_ROOM_BYTES = 64 * 1024 * 1024
+_ROOM_FILES = 10_000
+"""With less than this left on the disk no file is late: what was taken could lack the space for it."""
 _T = TypeVar("_T")
 _SHARDS = tuple(f"{number:02x}" for number in range(256))
 
@@ -61,6 +64,7 @@ class Change(msgspec.Struct, kw_only=True, eq=False):
     content: bytes = b""
     """What the file is to hold; b"" removes it."""
     temporary: Path | None = None
+    """The new file, beside the old one; None where the file is to follow with `TaskFolder.catch_up`."""
     written: Written | None = None
     gained: frozenset[str] = frozenset()
     """Blobs that it counts as a user of, if it takes place."""
@@ -81,12 +85,20 @@ class TaskFolder:
         self._corrupt = root / "corrupt"
         self._blobs = Blobs(root / "blobs")
         self._lock = FolderLock(root)
-        self._journal = Journal(root / "journal", self.path)
+        self._journal = Journal(root / "journal", self.path, self.catch_up)
+        self._late: dict[str, bytes] = {}
+        """What the journal has and a file does not say yet, b"" where the file is to be gone."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a file is older than what the journal has of its task."""
+        return bool(self._late)
 
     def open(self) -> Found:
         """Lock the folder and read it. What is no task is moved to `corrupt/`, never overwritten.
 
-        Raises `StoreUnusableError`.
+        On a disk without space every task is shown as the journal has it, and nothing is taken until
+        there is space for the files. Raises `StoreUnusableError`.
         """
         with translated(self.root):
             if self.root.exists() and not self.root.is_dir():
@@ -109,6 +121,7 @@ class TaskFolder:
             found = Found(summaries=[], live=[])
             for name in _SHARDS:
                 self._scan(self._tasks / name, found)
+            self._take_late(found)
             found.corrupt = len(list(self._corrupt.iterdir())) if self._corrupt.is_dir() else 0
             if not found.corrupt:  # a blob may belong to a task that somebody is yet to repair
                 self._blobs.sweep()
@@ -128,20 +141,29 @@ class TaskFolder:
         # The shard is of the id's tail: the head of a UUIDv7 is the time, the same for all of a day.
         return self._tasks / task_id[-2:] / f"{task_id}.json"
 
-    def write(self, packet: TaskPacket, before: Written | None) -> Change:
+    def has_room(self) -> bool:
+        """Whether files may be late: there is space for all of them and much more. Raises `OSError`."""
+        left = os.statvfs(self.root)
+        files = left.f_favail if left.f_files else _ROOM_FILES  # 0 of 0: as many as there is space for
+        return left.f_bavail * left.f_frsize >= _ROOM_BYTES and files >= _ROOM_FILES
+
+    def write(self, packet: TaskPacket, before: Written | None, *, late: bool = False) -> Change:
         """Prepare that the task's file says `packet`; `before` is what its last write answered.
 
-        Raises `StoreError` children; nothing is left then.
+        A `late` file follows with `catch_up`, but not that of a task that ends. Raises `StoreError`
+        children; nothing is left then.
         """
         path = self.path(packet.task_id)
+        late = late and not packet.status.is_final
         with translated(path):
-            return self._with_space(lambda: self._written(packet, before, path))
+            return self._with_space(lambda: self._written(packet, before, path, late=late))
 
     def commit(self, changes: Sequence[Change]) -> None:
         """Make changes of different tasks take place, safe with one fsync; `problem` says which did not.
 
         The journal comes first. What fails before it leaves nothing, and what fails after it makes
-        the files themselves safe and ends the journal: no start finds what was refused.
+        the files themselves safe and ends the journal: no start finds what was refused. Where the
+        journal cannot be ended, what it has is true, and the file follows.
         """
         try:
             self._with_space(
@@ -149,46 +171,54 @@ class TaskFolder:
             )
         except OSError as exc:
             for change in changes:
-                change.problem = meaning(exc, change.path)
+                if not (exc.errno in FULL and self._removed_at_once(change)):
+                    change.problem = meaning(exc, change.path)
         else:
             for change in changes:
                 try:
-                    if change.temporary:
-                        change.temporary.rename(change.path)
-                    else:
-                        change.path.unlink(missing_ok=True)
+                    self._take_place(change)
                 except OSError as exc:
                     change.problem = meaning(exc, change.path)
-            if any(change.problem for change in changes):
+            if refused := [change for change in changes if change.problem]:
                 try:
                     self._journal.settle()
                 except OSError as exc:
                     log.warning("store.journal_not_settled", problem=str(exc))
+                    for change in refused:
+                        self._late[change.task_id] = change.content
+                        change.problem = None
         for change in changes:
-            if change.problem and change.temporary:
+            if change.temporary and (change.problem or change.task_id in self._late):
                 with suppress(OSError):
                     change.temporary.unlink()
             self._blobs.drop(change.gained if change.problem else change.lost)
 
+    def catch_up(self) -> None:
+        """Put every late file in its place. Raises the first `OSError`, after all were tried."""
+        problem: OSError | None = None
+        for task_id, content in list(self._late.items()):
+            try:
+                self._put(self.path(task_id), content)
+            except OSError as exc:
+                problem = problem or exc
+            else:
+                del self._late[task_id]
+        if problem is not None:
+            raise problem
+
     def read(self, task_id: str) -> TaskPacket:
         """The packet in the task's file. Raises `TaskNotFoundError` or `CorruptTaskError`."""
-        path = self.path(task_id)
-        with translated(path):
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError as exc:
-                raise TaskNotFoundError(task_id) from exc
+        with translated(self.path(task_id)):
+            content = self._content(task_id)
+            if content is None:
+                raise TaskNotFoundError(task_id)
             return decode(content, self._blobs)[0]
 
     def remove(self, task_id: str) -> Change:
         """Prepare that the task's file goes, and the blobs that only it used."""
         path = self.path(task_id)
         with translated(path):
-            try:
-                lost = blobs_in(path.read_bytes())
-            except FileNotFoundError:
-                lost = frozenset()
-        return Change(task_id=task_id, path=path, lost=lost)
+            return Change(task_id=task_id, path=path, lost=blobs_in(self._content(task_id) or b""))
 
     def probe(self) -> int:
         """Write a little, and answer how many bytes are free. Raises `StoreError` children."""
@@ -201,11 +231,11 @@ class TaskFolder:
             free = os.statvfs(self.root)
             return free.f_bavail * free.f_frsize
 
-    def _written(self, packet: TaskPacket, before: Written | None, path: Path) -> Change:
+    def _written(self, packet: TaskPacket, before: Written | None, path: Path, *, late: bool) -> Change:
         content, written = encode(packet, before, self._blobs)
         gained = written.blobs - before.blobs if before else written.blobs
         try:
-            temporary = beside(path, content, sync=False)
+            temporary = None if late else beside(path, content, sync=False)
         except OSError:
             self._blobs.drop(gained)
             raise
@@ -217,6 +247,55 @@ class TaskFolder:
             written=written,
             gained=gained,
         )
+
+    def _take_place(self, change: Change) -> None:
+        if change.temporary is not None:
+            change.temporary.rename(change.path)
+        elif change.content:
+            self._late[change.task_id] = change.content
+            return
+        else:
+            change.path.unlink(missing_ok=True)
+        self._late.pop(change.task_id, None)
+
+    def _removed_at_once(self, change: Change) -> bool:
+        """Whether it was a removal that needs no frame, there being none of its task: it makes space."""
+        if change.content or self._journal.names(change.task_id):
+            return False
+        try:
+            change.path.unlink(missing_ok=True)
+            sync_folder(change.path.parent)
+        except OSError:
+            return False
+        return True
+
+    def _content(self, task_id: str) -> bytes | None:
+        """What the task's file says, or is about to; None where it is not there."""
+        late = self._late.get(task_id)
+        if late is not None:
+            return late or None
+        try:
+            return self.path(task_id).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _put(self, path: Path, content: bytes) -> None:
+        """Make the file say what is safe in the journal; what a person put in its way is moved aside."""
+        if not content:
+            path.unlink(missing_ok=True)
+            return
+        try:
+            place(path, content, sync=False)
+        except (IsADirectoryError, NotADirectoryError, FileNotFoundError):
+            for folder in (path, path.with_name(path.name + TEMPORARY)):
+                if folder.is_dir():
+                    self._move_aside(folder, "not a file")
+            if not path.parent.is_dir():
+                if path.parent.exists():
+                    self._move_aside(path.parent, "not a folder of task files")
+                path.parent.mkdir(mode=0o700)
+                sync_folder(self._tasks)
+            place(path, content, sync=False)
 
     def _with_space(self, work: Callable[[], _T]) -> _T:
         """What `work` answers; where there is no space, once more without what the journal takes."""
@@ -244,21 +323,21 @@ class TaskFolder:
                 newest[frame.task_id] = frame.content
                 if is_after_broken:
                     broken.add(path)
-        replayed = sum(
-            self._bring(task_id, content, whatever=task_id in new_again)
-            for task_id, content in newest.items()
-        )
-        sync_files(self.path(task_id) for task_id in newest)
-        for path in left:
-            if path in broken:
-                self._move_aside(path, "a part that is broken, with whole ones behind it")
-            else:
-                path.unlink()
-            sync_folder(self._journal.folder)
-        log.warning("store.journal_replayed", segments=len(left), tasks=len(newest), changed=replayed)
+        for task_id, content in newest.items():
+            if self._is_older(task_id, content, whatever=task_id in new_again):
+                self._late[task_id] = content
+        changed = len(self._late)
+        self._journal.adopt(left, newest, end=lambda path: self._end_segment(path, is_broken=path in broken))
+        try:
+            self._journal.settle()
+        except OSError as exc:
+            if exc.errno not in FULL:
+                raise
+            log.warning("store.journal_kept", tasks=len(self._late), problem=str(exc))
+        log.warning("store.journal_replayed", segments=len(left), tasks=len(newest), changed=changed)
 
-    def _bring(self, task_id: str, content: bytes, *, whatever: bool) -> bool:
-        """Whether the task's file had to be changed to say what its last frame says."""
+    def _is_older(self, task_id: str, content: bytes, *, whatever: bool) -> bool:
+        """Whether the task's file does not say what its last frame says, and is not ahead of it."""
         path = self.path(task_id)
         try:
             there = path.read_bytes()
@@ -267,33 +346,45 @@ class TaskFolder:
         except IsADirectoryError:
             self._move_aside(path, "not a file")
             there = b""
-        if there == content:
-            return False
-        if not content:
-            path.unlink(missing_ok=True)
-            return True
-        if there and not whatever:
+        if content and there and not whatever:
             with suppress(CorruptTaskError):
                 if decode_head(there).revision > decode_head(content).revision:
                     return False
-        place(path, content)
-        return True
+        return there != content
+
+    def _end_segment(self, path: Path, *, is_broken: bool) -> None:
+        if is_broken:
+            self._move_aside(path, "a part that is broken, with whole ones behind it")
+        else:
+            path.unlink(missing_ok=True)
 
     def _scan(self, shard: Path, found: Found) -> None:
         for path in list(shard.iterdir()):
             if path.name.endswith(TEMPORARY) and path.is_file():
                 path.unlink()
                 continue
+            if path.name.removesuffix(".json") in self._late:
+                continue
             try:
                 self._take(path, found)
             except CorruptTaskError as exc:
                 self._move_aside(path, str(exc))
 
+    def _take_late(self, found: Found) -> None:
+        for task_id, content in self._late.items():
+            if content:
+                try:
+                    self._admit(task_id, content, found)
+                except CorruptTaskError:
+                    log.exception("store.task_unreadable", task_id=task_id)
+
     def _take(self, path: Path, found: Found) -> None:
         task_id = path.name.removesuffix(".json")
         if not is_task_id(task_id) or path != self.path(task_id) or not path.is_file():
             raise CorruptTaskError("not the name of a task file in this folder")
-        content = path.read_bytes()
+        self._admit(task_id, path.read_bytes(), found)
+
+    def _admit(self, task_id: str, content: bytes, found: Found) -> None:
         head = decode_head(content)
         if head.task_id != task_id:
             raise CorruptTaskError(f"it holds the task {head.task_id}")

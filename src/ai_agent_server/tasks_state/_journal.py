@@ -42,19 +42,28 @@ class _Segment(msgspec.Struct, kw_only=True, eq=False):
     descriptor: int
     size_bytes: int = 0
     task_ids: set[str]
+    end: Callable[[Path], None]
+    """What becomes of it when the files that it names are safe."""
 
 
 class Journal:
     """Frames in `folder/<number>.log`, until the files that they name are safe themselves.
 
-    Owned by one thread at a time. `file_of` says where a task's file is.
+    Owned by one thread at a time. `file_of` says where a task's file is; `catch_up` brings every file
+    to its last frame, and raises `OSError` where it cannot.
     """
 
     def __init__(
-        self, folder: Path, file_of: Callable[[str], Path], *, segment_bytes: int = SEGMENT_BYTES
+        self,
+        folder: Path,
+        file_of: Callable[[str], Path],
+        catch_up: Callable[[], None],
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         self.folder = folder
         self._file_of = file_of
+        self._catch_up = catch_up
         self._segment_bytes = segment_bytes
         self._number = 0
         self._segment: _Segment | None = None
@@ -66,6 +75,22 @@ class Journal:
     def is_empty(self) -> bool:
         """Whether it takes no space that `settle` could free."""
         return self._segment is None and not self._older
+
+    def names(self, task_id: str) -> bool:
+        """Whether a start would find something of this task in it."""
+        return any(task_id in segment.task_ids for segment in (self._segment, *self._older) if segment)
+
+    def adopt(self, left: Sequence[Path], task_ids: Iterable[str], *, end: Callable[[Path], None]) -> None:
+        """Take over the segments that a crash left, oldest first, with what removes one at its end.
+
+        `settle` ends them; until then nothing is taken. Raises `OSError`.
+        """
+        named = set(task_ids)
+        for path in left:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._older.append(_Segment(path=path, descriptor=descriptor, task_ids=named, end=end))
+            self._number = max(self._number, int(path.stem) if path.stem.isdecimal() else 0)
+        self._doubtful = True
 
     def append(self, frames: Sequence[Frame]) -> None:
         """Make the frames safe, all with one fsync. The files may be changed when this returns.
@@ -82,19 +107,21 @@ class Journal:
             os.fdatasync(segment.descriptor)
         except OSError:
             self._doubtful = True
+            self._cut()
             self.settle()
             raise
         segment.size_bytes += len(content)
         segment.task_ids.update(frame.task_id for frame in frames)
 
     def settle(self) -> None:
-        """Make the files themselves safe as they are now, and remove the journal.
+        """Bring the files up to date, make them safe themselves, and remove the journal.
 
         Also the way out when a frame says what did not become true. Raises `OSError`; then nothing is
         taken until this succeeds.
         """
         self._doubtful = True
         self._join()
+        self._catch_up()
         if self._segment is not None:
             self._older.append(self._segment)
             self._segment = None
@@ -118,10 +145,17 @@ class Journal:
         self._number += 1
         path = self.folder / f"{self._number:08}{SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        segment = _Segment(path=path, descriptor=os.open(path, flags, 0o600), task_ids=set())
+        segment = _Segment(path=path, descriptor=os.open(path, flags, 0o600), task_ids=set(), end=_unlink)
         self._segment = segment
         sync_folder(self.folder)
         return segment
+
+    def _cut(self) -> None:
+        """Take away what was refused, so that no start finds it should `settle` fail."""
+        if self._segment is not None:
+            with suppress(OSError):
+                os.ftruncate(self._segment.descriptor, self._segment.size_bytes)
+                os.fdatasync(self._segment.descriptor)
 
     def _go_on(self) -> None:
         """Leave a full segment to a checkpoint in the background, one at a time."""
@@ -132,6 +166,7 @@ class Journal:
             if segment.size_bytes < _BACKLOG * self._segment_bytes:
                 return
             self._join()
+        self._catch_up()
         self._older.append(segment)
         self._segment = None
         self._checkpoint = threading.Thread(target=self._retire_older, name="task-checkpoint", daemon=True)
@@ -155,9 +190,13 @@ class Journal:
     def _retire(self, segment: _Segment) -> None:
         sync_files(self._file_of(task_id) for task_id in segment.task_ids)
         # Its unlink is safe before the next one's: what is left is always the journal's newer part.
-        segment.path.unlink(missing_ok=True)
+        segment.end(segment.path)
         sync_folder(self.folder)
         os.close(segment.descriptor)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def sync_files(paths: Iterable[Path]) -> None:

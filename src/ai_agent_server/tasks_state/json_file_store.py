@@ -1,8 +1,10 @@
 """A task store of one JSON file per task, safe on disk before anyone is told. The files are the truth."""
 
 import asyncio
+import math
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +29,24 @@ _T = TypeVar("_T")
 _READERS = 2
 _BATCH = 64
 """How many changes share one fsync at most."""
+_RETRY_S = 1.0
+"""How long after files could not be put in place it is tried again."""
 
 log = structlog.get_logger(__name__)
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """When the files of tasks that have not ended are written, besides the journal."""
+
+    at_once: int = 4
+    """Where no more changes than these wait, every file is in place before its change is answered."""
+    quiet_s: float = 0.02
+    """Where more of them wait, files follow when nothing came for so long,"""
+    late_s: float = 0.25
+    """and at the latest after so long."""
+
+
+PACE = Pace()
 
 
 class _Job(msgspec.Struct, kw_only=True, eq=False):
@@ -36,7 +54,7 @@ class _Job(msgspec.Struct, kw_only=True, eq=False):
 
     task_id: str
     key: str | None
-    prepare: Callable[[], Change]
+    prepare: Callable[[bool], Change]
     publish: Callable[[Written | None], None]
     done: "asyncio.Future[BaseException | None]"
     change: Change | None = None
@@ -48,17 +66,23 @@ class JsonFileStore:
 
     One writer thread takes all changes that wait, writes each to a temporary file, then all to the
     journal with one fsync, and renames each into place; only then is the new state in memory and
-    answered. So the files are whole and current for who reads them, and after a power cut the
-    journal has what they lack. At most one write of a task is under way, so the writer's queue is
-    never longer than there are live tasks. A write belongs to the store, not to the one who waits
-    for it: who is cancelled leaves a write that still ends, and that memory takes note of.
+    answered. Where many changes wait, only tasks that end get their file so; the files of the others
+    follow a moment later (`Pace`). So the files are whole for who reads them, and after a kill or a
+    power cut the journal has what they lack. At most one write of a task is under way, so the
+    writer's queue is never longer than there are live tasks. A write belongs to the store, not to
+    the one who waits for it: who is cancelled leaves a write that still ends, and that memory takes
+    note of.
 
     Summaries of all tasks and the packets of live ones are in memory; ended tasks are read back from
     their files. `root` is held by a lock: one server at a time.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, pace: Pace = PACE, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` is in seconds and never goes back."""
         self._folder = TaskFolder(root)
+        self._pace = pace
+        self._clock = clock
+        self._files_problem = ""
         self._index = TaskIndex()
         self._live: dict[str, Stored] = {}
         self._corrupt = 0
@@ -118,7 +142,10 @@ class JsonFileStore:
             await asyncio.shield(rival.done)
         first = first_state(packet, events)
         await self._change(
-            packet.task_id, partial(self._folder.write, first, None), partial(self._publish, first), key=key
+            packet.task_id,
+            lambda late: self._folder.write(first, None, late=late),
+            partial(self._publish, first),
+            key=key,
         )
         return first, True
 
@@ -142,7 +169,9 @@ class JsonFileStore:
         if changed.revision == live.packet.revision:
             return changed
         await self._change(
-            task_id, partial(self._folder.write, changed, live.written), partial(self._publish, changed)
+            task_id,
+            lambda late: self._folder.write(changed, live.written, late=late),
+            partial(self._publish, changed),
         )
         return changed
 
@@ -163,7 +192,9 @@ class JsonFileStore:
         await self._idle(task_id)
         self._index.ended(task_id)
         await self._change(
-            task_id, partial(self._folder.remove, task_id), lambda _written: self._index.remove(task_id)
+            task_id,
+            lambda _late: self._folder.remove(task_id),
+            lambda _written: self._index.remove(task_id),
         )
 
     def location(self, task_id: str) -> str:
@@ -172,7 +203,7 @@ class JsonFileStore:
 
     async def health(self) -> StoreHealth:
         """Whether a write would work now, found by writing."""
-        detail, free_bytes = "", None
+        detail, free_bytes = self._files_problem, None
         try:
             free_bytes = await self._in_reader(self._folder.probe)
         except StoreError as exc:
@@ -220,7 +251,7 @@ class JsonFileStore:
     async def _change(
         self,
         task_id: str,
-        prepare: Callable[[], Change],
+        prepare: Callable[[bool], Change],
         publish: Callable[[Written | None], None],
         *,
         key: str | None = None,
@@ -264,19 +295,46 @@ class JsonFileStore:
 
     def _write_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """The writer thread's whole life."""
-        while batch := _next_batch(self._jobs):
-            self._write(batch)
-            self._finished.extend(batch)
-            # One wake-up for all that ends before the loop gets to it.
-            if not self._woken:
-                self._woken = True
-                with suppress(RuntimeError):  # the loop is closed: nobody waits
-                    loop.call_soon_threadsafe(self._drain)
+        due_s = math.inf
+        while True:
+            pause_s = _RETRY_S if self._files_problem else self._pace.quiet_s
+            batch = _next_batch(self._jobs, wait_s=pause_s if self._folder.is_behind else None)
+            if batch is None:
+                return
+            if batch:
+                self._write(batch)
+                self._finished.extend(batch)
+                # One wake-up for all that ends before the loop gets to it.
+                if not self._woken:
+                    self._woken = True
+                    with suppress(RuntimeError):  # the loop is closed: nobody waits
+                        loop.call_soon_threadsafe(self._drain)
+            due_s = self._follow(due_s, is_quiet=not batch)
+
+    def _follow(self, due_s: float, *, is_quiet: bool) -> float:
+        """Put late files in place when it is time, and answer when it is at the latest."""
+        if not self._folder.is_behind:
+            self._files_problem = ""
+            return math.inf
+        now_s = self._clock()
+        due_s = min(due_s, now_s + self._pace.late_s)
+        if not is_quiet and now_s < due_s:
+            return due_s
+        try:
+            self._folder.catch_up()
+        except OSError as exc:
+            if not self._files_problem:
+                log.warning("store.files_late", problem=str(exc))
+            self._files_problem = str(exc)
+            return now_s + _RETRY_S
+        self._files_problem = ""
+        return math.inf
 
     def _write(self, batch: Sequence[_Job]) -> None:
         try:
+            late = len(batch) > self._pace.at_once and self._folder.has_room()
             for job in batch:
-                self._prepare(job)
+                self._prepare(job, late=late)
             if changes := [job.change for job in batch if job.change is not None]:
                 self._folder.commit(changes)
         except Exception as exc:  # noqa: BLE001  (a worker's loop: it is raised where it was asked for)
@@ -286,22 +344,26 @@ class JsonFileStore:
             if job.change is not None:
                 job.problem = job.problem or job.change.problem
 
-    def _prepare(self, job: _Job) -> None:
+    def _prepare(self, job: _Job, *, late: bool) -> None:
         try:
-            job.change = job.prepare()
+            job.change = job.prepare(late)
         except Exception as exc:  # noqa: BLE001  (as above: this job's problem, not the batch's)
             job.problem = exc
 
 
-def _next_batch(jobs: queue.SimpleQueue[_Job | None]) -> Sequence[_Job]:
-    """All that waits, at least one job; none when the end was put in."""
+def _next_batch(jobs: queue.SimpleQueue[_Job | None], *, wait_s: float | None) -> Sequence[_Job] | None:
+    """All that waits, nothing when nothing came for `wait_s`, None when the end was put in."""
     batch: list[_Job] = []
-    job = jobs.get()
+    try:
+        job = jobs.get(timeout=wait_s)
+    except queue.Empty:
+        return batch
     while job is not None:
         batch.append(job)
         if len(batch) == _BATCH or jobs.empty():
-            break
+            return batch
         job = jobs.get()
-    if job is None and batch:
-        jobs.put(None)
+    if not batch:
+        return None
+    jobs.put(None)
     return batch
