@@ -50,7 +50,7 @@ def _read(raw: bytes) -> Any:
     except msgspec.DecodeError as exc:
         raise MalformedPacketError(f"not JSON: {exc}", expected="one JSON object in UTF-8") from exc
     # Both walks cost a pass over the values; nearly no packet needs one.
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         raise _too_deep()
     if (path_of_twice := _find_twice(raw)) is not None:
         raise InvalidPacketError(
@@ -69,7 +69,8 @@ def _too_deep() -> MalformedPacketError:
     return MalformedPacketError("nested too deep", expected=f"at most {MAX_DEPTH} levels")
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and arrays are nested deeper than `levels`."""
     level = [value]
     for _ in range(levels):
         level = [child for node in level for child in _children(node) if isinstance(child, (dict, list))]
@@ -136,10 +137,11 @@ def _convert(value: Any, kind: type[T], *, strict: bool) -> T:
     try:
         return msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as exc:
-        raise _explained(exc, kind) from exc
+        raise explained(exc, kind) from exc
 
 
-def _explained(exc: msgspec.ValidationError, kind: type[Any]) -> InvalidPacketError:
+def explained(exc: msgspec.ValidationError, kind: type[Any]) -> InvalidPacketError:
+    """What msgspec says of a value that is no `kind`: where, and what would have been taken."""
     what, path = _taken_apart(exc)
     here = inspect.type_info(kind)
     for step in path:
