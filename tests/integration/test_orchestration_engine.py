@@ -19,6 +19,7 @@ from ai_agent_server.core.orchestration_engine import OrchestrationEngine, Profi
 from ai_agent_server.core.task_packet import (
     Artifact,
     FeedbackDraft,
+    InputRequired,
     LimitsDraft,
     Progress,
     StepFinished,
@@ -231,6 +232,17 @@ async def test_every_hop_says_why_it_was_taken(tmp_path: Path, words: Words) -> 
         ("debug", "qa.fail"),
         ("qa", "debug.done"),
     ]
+    assert all(e.hop.why for e in done.history if isinstance(e, StepStarted))
+
+
+async def test_a_hop_to_somebody_outside_says_why_as_well(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words, profile(qa=None)) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        waiting = await ended(engine, packet.task_id)
+    asked = waiting.history[-1]
+    assert isinstance(asked, InputRequired)
+    assert asked.hop is not None
+    assert (asked.hop.on, asked.hop.why) == ("fast-coder.done", asked.question)
 
 
 async def test_a_reader_sees_every_event_once_and_in_order(tmp_path: Path, words: Words) -> None:

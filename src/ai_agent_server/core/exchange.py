@@ -7,7 +7,7 @@ from contextlib import aclosing
 import msgspec
 
 from ai_agent_server.core.chat import ChatReply, ChatRequest, ChatUsage, Privacy, RouteHints
-from ai_agent_server.core.task_packet import LLMCall, Progress, TaskPacket
+from ai_agent_server.core.task_packet import Limits, LLMCall, Progress, TaskPacket, Usage
 from ai_agent_server.errors import AgentServerError
 from ai_agent_server.llm_engines.base import JoinedStream, LLMEngine
 
@@ -22,6 +22,17 @@ class BudgetSpentError(AgentServerError):
     def __init__(self, outcome: str) -> None:
         self.outcome = outcome
         super().__init__(outcome)
+
+
+def spent(usage: Usage, limits: Limits) -> str | None:
+    """The outcome of a step that may not ask an LLM any more; None while it may."""
+    if usage.calls >= limits.calls:
+        return "budget_calls"
+    if usage.tokens >= limits.tokens:
+        return "budget_tokens"
+    if limits.cost_usd is not None and usage.cost_usd >= limits.cost_usd > 0:
+        return "budget_cost"
+    return None
 
 
 class Exchange:
@@ -52,7 +63,8 @@ class Exchange:
         if self._used:
             raise RuntimeError("an agent may talk to an LLM once a step")
         self._used = True
-        self._check_budget()
+        if (outcome := spent(self._packet.usage, self._packet.limits)) is not None:
+            raise BudgetSpentError(outcome)
         request = self._bounded(request)
         digest = hashlib.sha256(msgspec.json.encode(request.messages)).hexdigest()
         joined = JoinedStream()
@@ -79,15 +91,6 @@ class Exchange:
         # A model that is cut in the middle of a pair leaves half of it, which is no text.
         text = reply.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return msgspec.structs.replace(reply, text=text)
-
-    def _check_budget(self) -> None:
-        used, limits = self._packet.usage, self._packet.limits
-        if used.calls >= limits.calls:
-            raise BudgetSpentError("budget_calls")
-        if used.tokens >= limits.tokens:
-            raise BudgetSpentError("budget_tokens")
-        if limits.cost_usd is not None and used.cost_usd >= limits.cost_usd > 0:
-            raise BudgetSpentError("budget_cost")
 
     def _bounded(self, request: ChatRequest) -> ChatRequest:
         used, limits = self._packet.usage, self._packet.limits

@@ -34,6 +34,10 @@ of 3 failed tasks that had done nothing wrong.
 IDLE_STEPS = 8
 """No workflow gets further by this many steps in a row without an LLM; calls have a limit of their own."""
 
+OUTSIDE_ROUNDS = 64
+"""So often at most a task waits for somebody outside: two outside agents could send it to and fro for ever,
+at no cost that any limit counts."""
+
 ENDING_OUTCOMES: dict[str, tuple[Reason, str]] = {
     "unavailable": ("llm_unavailable", "no LLM could serve the step"),
     "no_sandbox": ("sandbox_unavailable", "nothing may be accepted without a sandbox to run it in"),
@@ -69,6 +73,7 @@ class AskOutside(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     question: str
     expires_at: datetime
+    hop: Hop
 
 
 class StillWaiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -239,7 +244,7 @@ class _Decision:
         if last.outcome in REPEATED_OUTCOMES:
             return self._again(last, on)
         if last.outcome == "unclear":
-            return self._ask("user", last.why or "the task is not clear enough; say more")
+            return self._ask("user", Hop(on=on, why=last.why or "the task is not clear enough; say more"))
         if last.outcome == "answer":
             asked = self.finished[-1].role if self.finished else self.packet.role
             return self._run(asked, Hop(on=on, why="the question was answered"))
@@ -274,10 +279,12 @@ class _Decision:
 
     def _runs(self, edge: Edge) -> int:
         runs = 0
-        for step in reversed(self.started):
-            if step.role in edge.since:
+        for event in reversed(self.packet.history):
+            if not isinstance(event, StepStarted | InputRequired):
+                continue
+            if event.role in edge.since:
                 break
-            runs += step.role == edge.to
+            runs += event.role == edge.to
         return runs
 
     def _open(self, edge: Edge) -> bool:
@@ -333,12 +340,14 @@ class _Decision:
 
     def _run(self, role: str, hop: Hop, *, attempt: int = 1) -> Action:
         if role in self.external:
-            return self._ask(role, hop.why)
+            return self._ask(role, hop)
         return RunStep(step=len(self.started) + 1, role=role, attempt=attempt, hop=hop)
 
-    def _ask(self, role: str, question: str) -> AskOutside:
+    def _ask(self, role: str, hop: Hop) -> AskOutside | EndBadly:
+        if sum(isinstance(event, InputRequired) for event in self.packet.history) >= OUTSIDE_ROUNDS:
+            return self._end("loop_detected", f"somebody outside was waited for {OUTSIDE_ROUNDS} times")
         expires_at = self.now + timedelta(seconds=self.workflow.input_expires_s)
-        return AskOutside(role=role, question=question, expires_at=expires_at)
+        return AskOutside(role=role, question=hop.why, expires_at=expires_at, hop=hop)
 
     def _result(self, outcome: str) -> JSONObject:
         return result(self.packet, self.workflow, outcome=outcome) or {"outcome": outcome}

@@ -619,8 +619,8 @@ def _announced(action: Action, now: datetime) -> tuple[TaskEvent, ...]:
     match action:
         case RunStep(step=step, role=role, attempt=attempt, hop=hop, resumed=resumed):
             return () if resumed else (StepStarted(at=now, step=step, role=role, attempt=attempt, hop=hop),)
-        case AskOutside(role=role, question=question, expires_at=expires_at):
-            return (InputRequired(at=now, role=role, question=question, expires_at=expires_at),)
+        case AskOutside(role=role, question=question, expires_at=expires_at, hop=hop):
+            return (InputRequired(at=now, role=role, question=question, expires_at=expires_at, hop=hop),)
         case StillWaiting():
             return ()
         case EndWell():

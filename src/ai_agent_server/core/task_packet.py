@@ -250,6 +250,8 @@ class InputRequired(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, ta
     role: str
     question: str
     expires_at: datetime
+    hop: Hop | None = None
+    """Why that role is asked; None in a task that was kept before this was recorded."""
 
 
 class Completed(TaskEvent, frozen=True, kw_only=True, tag="task.completed"):

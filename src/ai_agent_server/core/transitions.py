@@ -11,6 +11,7 @@ from ai_agent_server.core.task_packet import (
     Completed,
     Failed,
     FeedbackReceived,
+    Hop,
     InputRequired,
     Recovered,
     Rejected,
@@ -74,16 +75,13 @@ def _changes(packet: TaskPacket, event: AnyTaskEvent) -> dict[str, object]:
                 "started_at": packet.started_at or event.at,
             }
         case StepStarted():
-            usage = packet.usage
-            if event.hop.feedback:
-                usage = msgspec.structs.replace(usage, feedback_hops=usage.feedback_hops + 1)
-            return {"status": TaskStatus.WORKING, "usage": usage}
+            return {"status": TaskStatus.WORKING, "usage": _hopped(packet.usage, event.hop)}
         case StepFinished():
             return {"usage": _used(packet.usage, event)}
         case FeedbackReceived():
             return {"status": TaskStatus.WORKING if packet.generation else packet.status}
         case InputRequired():
-            return {"status": TaskStatus.INPUT_REQUIRED}
+            return {"status": TaskStatus.INPUT_REQUIRED, "usage": _hopped(packet.usage, event.hop)}
         case Completed():
             return {"status": TaskStatus.COMPLETED, "result": event.result}
         case Failed():
@@ -99,6 +97,12 @@ def _changes(packet: TaskPacket, event: AnyTaskEvent) -> dict[str, object]:
             return {"status": TaskStatus.REJECTED, "reason": event.reason, "error": event.error}
         case _:
             assert_never(event)
+
+
+def _hopped(usage: Usage, hop: Hop | None) -> Usage:
+    if hop is None or not hop.feedback:
+        return usage
+    return msgspec.structs.replace(usage, feedback_hops=usage.feedback_hops + 1)
 
 
 def _used(usage: Usage, step: StepFinished) -> Usage:
