@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,8 @@ from ai_agent_server.sandbox.base import SandboxLimits
 
 API_KEY = "AI_AGENT_SERVER_API_KEY"
 """The variable that holds the key which clients must show."""
+ADMIN_KEY = "admin"
+"""The name of that key."""
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 MAX_BYTES = 4 * 1024 * 1024
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -48,6 +51,7 @@ RESERVED_PROFILES = frozenset(
 )
 """Path segments below /api/v1 that are routes of their own; a profile may not shadow them."""
 RESERVED_ROLES = frozenset({END, "user"})
+_ABSOLUTE = re.compile(r"/[^/]|[A-Za-z]:[\\/].")
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=100_000_000)]
@@ -218,8 +222,67 @@ class TiersSettings(_Section, frozen=True, kw_only=True):
     main: MainTierLimits = MainTierLimits()
 
 
+KeyScope = Literal["chat", "tools", "tasks", "admin", "metrics"]
+
+
+class Allowance(_Section, frozen=True, kw_only=True):
+    """How much may be used in any stretch of `per_s` seconds. What is left out is not bounded."""
+
+    per_s: Annotated[float, msgspec.Meta(ge=1, le=31_622_400)] | None = None
+    """Left out: in total, for ever."""
+    requests: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] | None = None
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000_000)] | None = None
+    gpu_s: Annotated[float, msgspec.Meta(gt=0, le=1_000_000_000)] | None = None
+    """Seconds in which a slot of a local LLM is taken."""
+    usd: Annotated[float, msgspec.Meta(gt=0, le=1_000_000_000)] | None = None
+
+
+class KeyRights(_Section, frozen=True, kw_only=True):
+    """What a key is good for."""
+
+    scopes: tuple[KeyScope, ...] = ("chat", "tools", "tasks", "metrics")
+    """`admin` is for switching LLMs and reloading the configuration."""
+    allowed_llms: tuple[str, ...] = ()
+    """Empty: all."""
+    privacy: Privacy = "any"
+    limits: tuple[Allowance, ...] = ()
+
+
+class KeySettings(KeyRights, frozen=True, kw_only=True):
+    """A key that clients show, kept in a variable of the environment."""
+
+    api_key: EnvSecret
+
+
+class ProjectSettings(_Section, frozen=True, kw_only=True):
+    """A project: what belongs to it is bounded and counted together."""
+
+    paths: tuple[str, ...] = ()
+    """Absolute folders. A request whose system prompt names one of them as where it works is of this
+    project."""
+    privacy: Privacy = "any"
+    prefer: tuple[str, ...] = ()
+    """LLM names in order of preference."""
+    limits: tuple[Allowance, ...] = ()
+
+
+class TierAllowances(_Section, frozen=True, kw_only=True):
+    """What each caller may use of the tiers."""
+
+    small: tuple[Allowance, ...] = ()
+    main: tuple[Allowance, ...] = ()
+
+
+class CallerLimits(_Section, frozen=True, kw_only=True):
+    """Limits that hold for each caller beside a key's own."""
+
+    address: tuple[Allowance, ...] = ()
+    """For each IP address (each /64 of IPv6) on a server that asks for no key."""
+    tiers: TierAllowances = TierAllowances()
+
+
 class GatewaySettings(_Section, frozen=True, kw_only=True):
-    """The OpenAI and Anthropic forms of the API, for SDKs and coding agents."""
+    """The OpenAI and Anthropic forms of the API, for SDKs and coding agents; and who may use the server."""
 
     tiers: TiersSettings = TiersSettings()
     aliases: dict[str, str] = msgspec.field(default_factory=dict)
@@ -227,6 +290,14 @@ class GatewaySettings(_Section, frozen=True, kw_only=True):
     the first that fits counts."""
     keep_alive_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 5.0
     """In a silent stream something is sent this often; the first time after a second at most."""
+    keys: dict[str, KeySettings] = msgspec.field(default_factory=dict)
+    keys_file: str | None = None
+    """Where `ai-agent-server keys` keeps the keys it makes, hashed; by default keys.json in the state
+    folder."""
+    limits: CallerLimits = CallerLimits()
+    cors: tuple[str, ...] = ()
+    """Origins of web pages that may use the server, exactly as a browser sends them:
+    `https://app.example.org`."""
 
 
 class Settings(_Section, frozen=True, kw_only=True):
@@ -242,6 +313,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     sandbox: SandboxSettings = SandboxSettings()
     server: ServerSettings = ServerSettings()
     gateway: GatewaySettings = GatewaySettings()
+    projects: dict[str, ProjectSettings] = msgspec.field(default_factory=dict)
     limits: Limits = Limits()
 
 
@@ -249,7 +321,13 @@ def json_schema() -> JSONObject:
     """The JSON Schema (2020-12) of configuration.json; it is what files are checked against."""
     schema = msgspec.json.schema(Settings)
     definitions = schema["$defs"]
-    for section, key in (("Settings", "llms"), ("Settings", "profiles"), ("ProfileSettings", "roles")):
+    for section, key in (
+        ("Settings", "llms"),
+        ("Settings", "profiles"),
+        ("Settings", "projects"),
+        ("ProfileSettings", "roles"),
+        ("GatewaySettings", "keys"),
+    ):
         definitions[section]["properties"][key]["propertyNames"] = {"pattern": NAME_PATTERN}
     return {"$schema": SCHEMA_ID, "title": "configuration.json of AI-Agent-Server", **schema}
 
@@ -409,6 +487,7 @@ def _check_meaning(settings: Settings, source: str) -> None:
         if accelerator.headroom_mb >= accelerator.memory_mb:
             raise wrong("headroom_mb leaves no memory", "accelerators", name, "headroom_mb")
     _check_profiles(settings, wrong)
+    _check_access(settings, wrong)
     models = ("auto", *get_args(Tier), *settings.llms, *roles_as_models(settings))
     for alias, model in settings.gateway.aliases.items():
         if model not in models:
@@ -444,6 +523,42 @@ def _check_profiles(settings: Settings, wrong: Any) -> None:
                 _check_schema(getattr(role, key), wrong, *there, key)
         _check_schema(profile.payload_schema, wrong, *here, "payload_schema")
         _check_routes(profile, wrong, *here, "workflow", "routes")
+
+
+def _check_access(settings: Settings, wrong: Any) -> None:
+    llms = tuple(settings.llms)
+    for index, origin in enumerate(settings.gateway.cors):
+        if not _is_http(origin) or origin != _origin(origin):
+            raise wrong(
+                "not an origin as a browser sends it: scheme://host or scheme://host:port, in lower case",
+                "gateway", "cors", index,
+            )  # fmt: skip
+    named = [
+        *((("gateway", "keys", name, "allowed_llms"), key.allowed_llms)
+          for name, key in settings.gateway.keys.items()),
+        *((("projects", name, "prefer"), project.prefer) for name, project in settings.projects.items()),
+    ]  # fmt: skip
+    for where, names in named:
+        for index, llm in enumerate(names):
+            if llm not in settings.llms:
+                raise wrong(f"unknown LLM {llm!r}", *where, index, choices=llms)
+    if ADMIN_KEY in settings.gateway.keys:
+        raise wrong(f"this name is that of the key in {API_KEY}", "gateway", "keys", ADMIN_KEY)
+    owners: dict[str, str] = {}
+    for name, project in settings.projects.items():
+        for index, path in enumerate(project.paths):
+            if not _ABSOLUTE.match(path):
+                raise wrong("not an absolute path", "projects", name, "paths", index)
+            if (owner := owners.setdefault(path.rstrip("/\\"), name)) != name:
+                raise wrong(f"the project {owner!r} has this path too", "projects", name, "paths", index)
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    default = {"http": 80, "https": 443}[parts.scheme]
+    port = "" if parts.port in {None, default} else f":{parts.port}"
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}{port}"
 
 
 def _is_http(url: object) -> bool:

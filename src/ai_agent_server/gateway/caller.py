@@ -4,13 +4,13 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from ai_agent_server.config.settings import KeyScope
 from ai_agent_server.core.chat import ChatRequest, ChatUsage, Privacy, Tier
 
-__all__ = ("ALL_SCOPES", "Accounts", "Caller", "Hold", "Priority", "Scope", "caller_of")
+__all__ = ("ALL_SCOPES", "Accounts", "Caller", "Hold", "Priority", "caller_of")
 
-Scope = Literal["chat", "tools", "tasks", "admin", "metrics"]
 Priority = Literal["interactive", "batch", "background"]
-ALL_SCOPES: frozenset[Scope] = frozenset({"chat", "tools", "tasks", "admin", "metrics"})
+ALL_SCOPES: frozenset[KeyScope] = frozenset({"chat", "tools", "tasks", "admin", "metrics"})
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +26,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """The strictest of the key's, the project's and the header's."""
     allowed_llms: tuple[str, ...] = ()
     """Empty: all."""
-    scopes: frozenset[Scope] = ALL_SCOPES
+    scopes: frozenset[KeyScope] = ALL_SCOPES
     priority: Priority = "interactive"
     prefer: tuple[str, ...] = ()
     """The project's LLMs in order of preference."""
