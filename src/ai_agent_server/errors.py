@@ -5,6 +5,7 @@ AgentServerError
 ├── IntakeError                 a packet was not accepted; nothing of it was kept
 │   ├── UnknownRoleError        no such profile or role (carries the names there are)
 │   ├── UnknownLLMError         no such LLM is configured (carries the names there are)
+│   ├── UnknownToolError        no such tool (carries the names there are)
 │   ├── InvalidPacketError      the packet does not have the shape it should (pointer, expected, choices)
 │   │   └── MalformedPacketError  what came is no JSON at all, or nested too deep to be read
 │   ├── IdempotencyConflictError  the same key or id came with another body
@@ -83,6 +84,14 @@ class UnknownLLMError(IntakeError):
     def __init__(self, name: str, choices: tuple[str, ...]) -> None:
         self.name, self.choices = name, choices
         super().__init__(f"unknown LLM {name!r}; there are: {', '.join(choices) or 'none'}")
+
+
+class UnknownToolError(IntakeError):
+    """There is no tool of this name."""
+
+    def __init__(self, name: str, choices: tuple[str, ...]) -> None:
+        self.name, self.choices = name, choices
+        super().__init__(f"unknown tool {name[:80]!r}; there are: {', '.join(choices) or 'none'}")
 
 
 class InvalidPacketError(IntakeError):

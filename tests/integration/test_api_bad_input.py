@@ -8,9 +8,9 @@ import httpx
 import pytest
 
 from ai_agent_server.errors import (
+    ChannelError,
     CorruptTaskError,
     IntakeFullError,
-    NoLLMError,
     ShuttingDownError,
     StoreFullError,
     StoreUnusableError,
@@ -196,7 +196,7 @@ async def test_what_the_engine_raises_becomes_its_status(
 
 @pytest.mark.parametrize(
     "error",
-    [KeyError("secret-of-ours"), NoLLMError("secret-of-ours", refusals={}), OSError("secret-of-ours")],
+    [KeyError("secret-of-ours"), ChannelError("secret-of-ours"), OSError("secret-of-ours")],
 )
 async def test_what_nobody_foresaw_is_500_and_tells_nothing_of_the_inside(
     parts: Parts, http: httpx.AsyncClient, error: Exception

@@ -517,9 +517,11 @@ def problem_kinds(operation: Operation) -> dict[int, list[ProblemKind]]:
 def problem_examples() -> dict[str, Problem]:
     """One problem of each kind, by its slug."""
     task, path = f"/api/v1/tasks/{TASK_ID}", "/api/v1/developer/planner"
+    tool = "/mcp/tools/extract"
     ours: tuple[tuple[errors.AgentServerError, str], ...] = (
         (errors.UnknownRoleError("role", "plannr", ("planner", "qa")), "/api/v1/developer/plannr"),
         (errors.UnknownLLMError("embeded", ("embedded", "hosted")), "/api/v1/llms/embeded"),
+        (errors.UnknownToolError("clasify", ("classify", "extract")), "/mcp/tools/clasify"),
         (errors.MalformedPacketError("nested too deep", expected="at most 64 levels"), path),
         (BadParameterError("out of bounds", pointer="limit", expected="int <= 200"), "/api/v1/tasks"),
         (errors.InvalidPacketError("'task' is missing", pointer="/payload/task", expected="string"), path),
@@ -534,6 +536,13 @@ def problem_examples() -> dict[str, Problem]:
         (errors.StoreError("the state folder cannot be written"), path),
         (errors.ConfigurationError("unknown LLM 'embeded'", pointer="/profiles/developer/roles/qa/llm",
                                    choices=("embedded",)), "/api/v1/config/reload"),
+        (errors.NoLLMError("no LLM may serve the request", refusals={}), tool),
+        (errors.ContextOverflowError("about 9000 tokens are more than every LLM's context"), tool),
+        (errors.EngineRequestError("the grammar is too large", engine="embedded", status=400), tool),
+        (errors.EngineBusyError("no slot is free", engine="embedded", retry_after_s=3.0), tool),
+        (errors.EngineFailedError("internal error", engine="embedded", status=500), tool),
+        (errors.InvalidOutputError("extract: no usable answer in 3 tries; the last: the answer was cut off "
+                                   "before its JSON object ended"), tool),
     )  # fmt: skip
     examples = {problem_kind(type(exc)).slug: problem(exc, instance) for exc, instance in ours}
     for status, detail in (

@@ -69,6 +69,7 @@ INTERNAL = ProblemKind("internal", 500, "The server failed")
 PROBLEMS: dict[type[errors.AgentServerError], ProblemKind] = {
     errors.UnknownRoleError: ProblemKind("unknown-role", 404, "No such profile or role"),
     errors.UnknownLLMError: ProblemKind("unknown-llm", 404, "No such LLM"),
+    errors.UnknownToolError: ProblemKind("unknown-tool", 404, "No such tool"),
     errors.MalformedPacketError: ProblemKind("malformed", 400, "The body is not readable JSON"),
     BadParameterError: ProblemKind("bad-parameter", 422, "A parameter is wrong"),
     errors.InvalidPacketError: ProblemKind("invalid-packet", 422, "The body has another shape"),
@@ -82,6 +83,12 @@ PROBLEMS: dict[type[errors.AgentServerError], ProblemKind] = {
     errors.StoreFullError: ProblemKind("store-full", 507, "The disk is full"),
     errors.StoreError: ProblemKind("store-failed", 503, "The state folder failed"),
     errors.ConfigurationError: ProblemKind("configuration", 422, "The configuration is wrong"),
+    errors.NoLLMError: ProblemKind("no-llm", 503, "No LLM may serve it now"),
+    errors.ContextOverflowError: ProblemKind("context-overflow", 422, "The text is too long"),
+    errors.EngineRequestError: ProblemKind("engine-refused", 422, "The LLM's engine refused the request"),
+    errors.EngineBusyError: ProblemKind("engine-busy", 429, "The LLM's engine has no place now"),
+    errors.EngineError: ProblemKind("engine-failed", 502, "The LLM's engine failed"),
+    errors.InvalidOutputError: ProblemKind("invalid-output", 502, "The LLM's answer is not of the form"),
 }
 """Our errors as answers, found by the nearest class; what has none here is `INTERNAL`."""
 

@@ -28,10 +28,11 @@ SHOWN_CHARS = 80
 
 
 class PayloadCheck:
-    """A role's payload schema, ready to check payloads."""
+    """A role's payload schema, ready to check payloads; `at` is where they stand in what was sent."""
 
-    def __init__(self, schema: JSONObject | None) -> None:
+    def __init__(self, schema: JSONObject | None, *, at: str = "payload") -> None:
         self._validator = None if schema is None else Draft202012Validator(schema)
+        self._at = (at,) if at else ()
 
     def __call__(self, payload: JSONObject) -> None:
         """Raises `InvalidPacketError` with the pointer of the first mistake and what would be right."""
@@ -39,11 +40,11 @@ class PayloadCheck:
             return
         mistake = best_match(self._validator.iter_errors(payload))
         if mistake is not None:
-            raise _explained(mistake)
+            raise _explained(mistake, self._at)
 
 
-def _explained(mistake: ValidationError) -> InvalidPacketError:
-    path = ("payload", *(str(part) for part in mistake.absolute_path))
+def _explained(mistake: ValidationError, at: tuple[str, ...]) -> InvalidPacketError:
+    path = (*at, *(str(part) for part in mistake.absolute_path))
     schema: Any = mistake.schema
     found: Any = mistake.instance
     wanted: Any = mistake.validator_value
