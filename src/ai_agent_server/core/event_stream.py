@@ -1,7 +1,7 @@
 """Server-sent events on their way to a client that may be slow, or leave."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 
 import structlog
@@ -25,8 +25,13 @@ class EventStream(ASGIResponse):
         about: Mapping[str, str],
         write_timeout_s: float,
         headers: Mapping[str, str] | None = None,
+        aclose: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`about` names the stream in the log."""
+        """`about` names the stream in the log.
+
+        `aclose` is called at the end, also where the client left before the first frame was asked for:
+        a generator that never began does not run its `finally`.
+        """
         super().__init__(
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})},
@@ -34,6 +39,7 @@ class EventStream(ASGIResponse):
         self._frames = frames
         self._about = about
         self._write_timeout_s = write_timeout_s
+        self._aclose = aclose
 
     async def send_body(self, send: Send, receive: Receive) -> None:
         """Write until one of the two sides is done; a client that leaves cancels nothing but this."""
@@ -45,6 +51,8 @@ class EventStream(ASGIResponse):
             for task in (writing, leaving):
                 task.cancel()
             results = await asyncio.gather(writing, leaving, return_exceptions=True)
+            if self._aclose is not None:
+                await self._aclose()
         if isinstance(results[0], Exception):
             # The status line is long gone: the end without a final event is all that can be said.
             log.error("events.failed", **self._about, exc_info=results[0])

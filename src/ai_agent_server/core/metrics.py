@@ -159,6 +159,49 @@ class UseMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Of all tokens, 0 to 1; None before the first."""
 
 
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """One request of the gateway, at its end. `source` and `llm` are empty where no LLM began."""
+
+    surface: str
+    tier: str
+    llm: str
+    source: str
+    status: str
+    """`ok`, `left` (the client did), or the error's code."""
+    input_tokens: int
+    output_tokens: int
+    cost_usd: float
+    duration_ms: float
+    time_to_first_token_ms: float | None
+    overhead_ms: float | None
+    """What of the time to the first token was the server's own work."""
+    is_task: bool = False
+    """Its tokens were counted with the task's steps already."""
+
+
+class ServedCount(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests of the gateway that had all of this in common."""
+
+    surface: str
+    tier: str
+    llm: str
+    status: str
+    requests: int
+    input_tokens: int
+    output_tokens: int
+
+
+class GatewayMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """The gateway since the start; its tokens are in `use` too."""
+
+    requests: tuple[ServedCount, ...]
+    duration_ms: dict[str, Quantiles]
+    """By surface."""
+    time_to_first_token_ms: dict[str, Quantiles]
+    overhead_ms: Quantiles
+    """What the server itself added to the time to the first token."""
+
+
 class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The metrics at one moment. Counters run since `since`, which is the start of the process."""
 
@@ -168,6 +211,7 @@ class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     state: StateMetrics
     performance: PerformanceMetrics
     use: UseMetrics
+    gateway: GatewayMetrics
 
 
 class Metrics:
@@ -203,6 +247,7 @@ class Metrics:
         self._use_by_profile: dict[str, _Use] = {}
         self._use_by_role: dict[str, _Use] = {}
         self._use_by_source: dict[str, _Use] = {}
+        self._served = _Gateway()
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Families(self.snapshot))
 
@@ -213,6 +258,18 @@ class Metrics:
                 self._count_step(packet.profile, event)
         if events and packet.status.is_final:
             _of(self._profiles, packet.profile, _Ends).add(packet)
+
+    def served(self, request: Served) -> None:
+        """Count a request of the gateway."""
+        self._served.add(request)
+        if request.is_task or not request.llm:
+            return
+        for use in (
+            self._total,
+            _of(self._use_by_llm, request.llm, _Use),
+            _of(self._use_by_source, request.source or "unknown", _Use),
+        ):
+            use.add(request)
 
     def _count_step(self, profile: str, step: StepFinished) -> None:
         role = f"{profile}/{step.role}"
@@ -243,6 +300,7 @@ class Metrics:
                 llms={name: calls.value() for name, calls in self._calls.items()},
             ),
             use=self._use(),
+            gateway=self._served.value(),
         )
 
     def encode(self) -> bytes:
@@ -417,7 +475,7 @@ class _Use:
     def tokens(self) -> int:
         return self._input + self._output
 
-    def add(self, call: LLMCall) -> None:
+    def add(self, call: LLMCall | Served) -> None:
         self._calls += 1
         self._input += call.input_tokens
         self._output += call.output_tokens
@@ -429,6 +487,49 @@ class _Use:
             input_tokens=self._input,
             output_tokens=self._output,
             cost_usd=self._cost_usd,
+        )
+
+
+class _Gateway:
+    def __init__(self) -> None:
+        self._requests: dict[tuple[str, str, str, str], list[int]] = {}
+        self._durations: dict[str, _Reservoir] = {}
+        self._first_tokens: dict[str, _Reservoir] = {}
+        self._overhead = _Reservoir()
+
+    def add(self, request: Served) -> None:
+        key = (request.surface, request.tier, request.llm, request.status)
+        if key not in self._requests and len(self._requests) >= MAX_NAMES:
+            key = (OTHER, OTHER, OTHER, OTHER)
+        count = self._requests.setdefault(key, [0, 0, 0])
+        count[0] += 1
+        count[1] += request.input_tokens
+        count[2] += request.output_tokens
+        _of(self._durations, request.surface, _Reservoir).add(request.duration_ms)
+        if request.time_to_first_token_ms is not None:
+            _of(self._first_tokens, request.surface, _Reservoir).add(request.time_to_first_token_ms)
+        if request.overhead_ms is not None:
+            self._overhead.add(request.overhead_ms)
+
+    def value(self) -> GatewayMetrics:
+        return GatewayMetrics(
+            requests=tuple(
+                ServedCount(
+                    surface=surface,
+                    tier=tier,
+                    llm=llm,
+                    status=status,
+                    requests=requests,
+                    input_tokens=input_tokens,
+                    output_tokens=output_tokens,
+                )
+                for (surface, tier, llm, status), (requests, input_tokens, output_tokens) in sorted(
+                    self._requests.items()
+                )
+            ),
+            duration_ms={name: samples.value() for name, samples in self._durations.items()},
+            time_to_first_token_ms={name: samples.value() for name, samples in self._first_tokens.items()},
+            overhead_ms=self._overhead.value(),
         )
 
 
@@ -460,6 +561,7 @@ class _Families(Collector):
         yield from _state_families(snapshot.state)
         yield from _performance_families(snapshot.performance)
         yield from _use_families(snapshot.use)
+        yield from _gateway_families(snapshot.gateway)
 
 
 def _state_families(state: StateMetrics) -> Iterator[Metric]:
@@ -566,6 +668,38 @@ def _use_families(use: UseMetrics) -> Iterator[Metric]:
             )
     yield _counter("tokens", "Tokens read and written.", (), [((), use.tokens_total)])
     yield _counter("tokens_local", "Those that never left this machine.", (), [((), use.tokens_local)])
+
+
+def _gateway_families(gateway: GatewayMetrics) -> Iterator[Metric]:
+    labels = ("surface", "tier", "llm", "status")
+    for name, text, measure in (
+        ("gateway_requests", "Requests of the gateway, at their end.", "requests"),
+        ("gateway_input_tokens", "Tokens that they had read.", "input_tokens"),
+        ("gateway_output_tokens", "Tokens that were written for them.", "output_tokens"),
+    ):
+        yield _counter(
+            name,
+            text,
+            labels,
+            [
+                ((count.surface, count.tier, count.llm, count.status), getattr(count, measure))
+                for count in gateway.requests
+            ],
+        )
+    for name, text, table in (
+        ("gateway_request_duration_seconds", "From a request to the end of its answer.", gateway.duration_ms),
+        (
+            "gateway_time_to_first_token_seconds",
+            "From a request to its first token.",
+            gateway.time_to_first_token_ms,
+        ),
+        (
+            "gateway_overhead_seconds",
+            "What the server itself added to the time to the first token.",
+            {"all": gateway.overhead_ms},
+        ),
+    ):
+        yield _summary(name, text, "surface", 1000, list(table.items()))
 
 
 def _gauge(

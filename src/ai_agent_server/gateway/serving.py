@@ -1,0 +1,527 @@
+"""What every surface does with a chat request: find its route, choose its tier, stream it, count it."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+import msgspec
+
+from ai_agent_server.config.settings import Settings, roles_as_models
+from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, Tier
+from ai_agent_server.core.metrics import Served
+from ai_agent_server.core.ports import Balancer, Orchestration
+from ai_agent_server.core.task_packet import TaskPacket
+from ai_agent_server.errors import (
+    AgentServerError,
+    ContextOverflowError,
+    NoLLMError,
+    ScopeError,
+    UnknownLLMError,
+)
+from ai_agent_server.gateway import _role_chat
+from ai_agent_server.gateway._errors import wire_error
+from ai_agent_server.gateway._pump import Pump
+from ai_agent_server.gateway.caller import Accounts, Caller, Hold
+from ai_agent_server.gateway.tiers import TierChoice, choose
+from ai_agent_server.llm_engines.base import JoinedStream, LLMEngine
+from ai_agent_server.load_balancer import estimate
+
+__all__ = ("KeepAlive", "ListedModel", "Opened", "Route", "Serving", "Surface", "Whole")
+
+AUTO = "auto"
+FIRST_BYTE_S = 1.0
+"""A client that waits for a model to load hears of it within a second."""
+HEADER_CHARS = 300
+
+Surface = Literal["chat", "responses", "messages", "embeddings", "tools", "mcp"]
+ModelKind = Literal["llm", "tier", "role", "auto"]
+
+
+class KeepAlive(msgspec.Struct, frozen=True):
+    """Nothing came for a while; the client should hear that the answer is still awaited."""
+
+
+class ListedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A name that `model` may have."""
+
+    id: str
+    kind: ModelKind
+    owned_by: str
+    context_tokens: int | None = None
+    tier: Tier | None = None
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model's name means."""
+
+    model: str
+    """The name itself; where it was an alias, what that stands for."""
+    kind: ModelKind
+    tier: Tier | None = None
+    """The tier that it names, or that of the LLM that it names."""
+
+
+class Whole(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer that is complete."""
+
+    id: str
+    model: str
+    """Who answered: the LLM's name, or the role's."""
+    reply: ChatReply
+    headers: dict[str, str]
+
+
+class Serving:
+    """The way of a chat request through the gateway, the same for every surface.
+
+    `open` and `whole` raise `UnknownLLMError`, `ScopeError`, `LimitExceededError`,
+    `ContextOverflowError` (also one that can be foreseen), `NoLLMError`, `EngineError`s and, for a role,
+    what `Orchestration.submit` raises. Whatever happens, what was used is counted, once.
+    """
+
+    def __init__(
+        self,
+        *,
+        llm: LLMEngine,
+        balancer: Balancer,
+        orchestration: Orchestration,
+        accounts: Accounts,
+        settings: Callable[[], Settings],
+        observe: Callable[[Served], None],
+        price: Callable[[str, ChatUsage], float],
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+    ) -> None:
+        """`clock` is monotonic, in seconds; `price` answers US dollars for the usage of an LLM."""
+        self._llm, self._balancer, self._orchestration = llm, balancer, orchestration
+        self._accounts, self._settings = accounts, settings
+        self._observe, self._price, self._clock, self._new_id = observe, price, clock, new_id
+
+    def models(self, caller: Caller | None = None) -> tuple[ListedModel, ...]:
+        """Every name that `model` may have for `caller`, from what is known: no engine is asked."""
+        allowed = caller.allowed_llms if caller is not None else ()
+        llms = tuple(
+            ListedModel(
+                id=view.name,
+                kind="llm",
+                owned_by=view.source,
+                context_tokens=view.context_tokens,
+                tier=view.tier,
+            )
+            for view in self._balancer.views()
+            if view.toggle and (not allowed or view.name in allowed)
+        )
+        routes = (
+            ListedModel(id=AUTO, kind="auto", owned_by="balancer"),
+            *(ListedModel(id=tier, kind="tier", owned_by="balancer", tier=tier) for tier in get_args(Tier)),
+        )
+        may_run = caller is None or _may_run_roles(caller)
+        roles = roles_as_models(self._settings()) if may_run else ()
+        known = {model.id for model in llms}
+        return (
+            *llms,
+            *(route for route in routes if route.id not in known),
+            *(ListedModel(id=role, kind="role", owned_by="orchestration") for role in roles),
+        )
+
+    def route(self, model: str) -> Route:
+        """What the name `model` means. Raises `UnknownLLMError` with the names there are."""
+        settings = self._settings()
+        found = _route(model, settings)
+        if found is None:
+            for pattern, stands_for in settings.gateway.aliases.items():
+                if fnmatchcase(model, pattern):
+                    found = _route(stands_for, settings)
+                    break
+        if found is None:
+            raise UnknownLLMError(model[:100], tuple(listed.id for listed in self.models()))
+        return found
+
+    async def open(
+        self,
+        model: str,
+        request: ChatRequest,
+        caller: Caller,
+        *,
+        tier: Tier | None = None,
+        surface: Surface = "chat",
+        started_s: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> "Opened":
+        """Begin to answer: returns with the first piece there, or after a second without one.
+
+        An error that comes within that second is raised; a later one comes out of `Opened.deltas`.
+        """
+        exchange = self._begin(
+            model,
+            request,
+            caller,
+            tier=tier,
+            surface=surface,
+            started_s=started_s,
+            idempotency_key=idempotency_key,
+        )
+        opened = Opened(exchange, self._counted(exchange), self._settings().gateway.keep_alive_s)
+        try:
+            await opened.begun()
+        except BaseException:
+            await opened.aclose()
+            raise
+        return opened
+
+    async def whole(
+        self,
+        model: str,
+        request: ChatRequest,
+        caller: Caller,
+        *,
+        tier: Tier | None = None,
+        surface: Surface = "chat",
+        started_s: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> Whole:
+        """The whole answer. Streamed from the engine all the same: to be cancelled frees its slot at once."""
+        exchange = self._begin(
+            model,
+            request,
+            caller,
+            tier=tier,
+            surface=surface,
+            started_s=started_s,
+            idempotency_key=idempotency_key,
+        )
+        async with aclosing(self._counted(exchange)) as deltas:
+            async for _ in deltas:
+                pass
+        return Whole(
+            id=exchange.id,
+            model=exchange.model,
+            reply=exchange.joined.reply(),
+            headers=exchange.headers(),
+        )
+
+    def now_s(self) -> float:
+        """The clock that `started_s` is on."""
+        return self._clock()
+
+    # One request
+
+    def _begin(
+        self,
+        model: str,
+        request: ChatRequest,
+        caller: Caller,
+        *,
+        tier: Tier | None,
+        surface: Surface,
+        started_s: float | None,
+        idempotency_key: str | None,
+    ) -> "Exchange":
+        now_s = self._clock()
+        route = self.route(model)
+        if route.kind == "role" and not _may_run_roles(caller):
+            raise ScopeError(f"this key may not run tasks, and {route.model!r} is a role")
+        if route.kind == "llm" and caller.allowed_llms and route.model not in caller.allowed_llms:
+            raise ScopeError(f"this key may not use {route.model!r}")
+        caller = self._accounts.placed(caller, request)
+        input_tokens = estimate.input_tokens(request)
+        choice = choose(
+            request,
+            input_tokens=input_tokens,
+            asked=tier or (route.tier if route.kind == "tier" else None),
+            llm_tier=route.tier if route.kind == "llm" else None,
+            settings=self._settings().gateway.tiers,
+        )
+        exchange = Exchange(
+            id=self._new_id(),
+            surface=surface,
+            route=route,
+            choice=choice,
+            caller=caller,
+            request=_routed(request, route, choice, caller, named_tier=tier),
+            input_tokens=input_tokens,
+            started_s=now_s if started_s is None else started_s,
+            idempotency_key=idempotency_key,
+            clock=self._clock,
+            limits=self._accounts.headers,
+        )
+        exchange.hold = self._accounts.reserve(
+            caller,
+            tokens=input_tokens + (choice.max_tokens or estimate.OUTPUT_TOKENS),
+            tier=choice.tier,
+        )
+        return exchange
+
+    async def _counted(self, exchange: "Exchange") -> AsyncGenerator[ChatDelta, None]:
+        """The answer's deltas; however it ends, it is charged and told to the metrics."""
+        status, shown = "left", False
+        source = self._task(exchange) if exchange.route.kind == "role" else self._llm.stream(exchange.request)
+        try:
+            async with aclosing(source) as deltas:
+                async for delta in deltas:
+                    exchange.add(delta)
+                    shown = True
+                    yield delta
+            status = "ok"
+        except NoLLMError as exc:
+            foreseen = None if shown else _foreseen_overflow(exc, exchange)
+            status = wire_error(foreseen or exc).code or "failed"
+            if foreseen is not None:
+                raise foreseen from exc
+            raise
+        except AgentServerError as exc:
+            status = wire_error(exc).code or "failed"
+            raise
+        except Exception:
+            status = "failed"
+            raise
+        finally:
+            self._settle(exchange, status)
+
+    def _task(self, exchange: "Exchange") -> AsyncGenerator[ChatDelta, None]:
+        profile_name, _, role_name = exchange.route.model.partition("/")
+        profile = self._settings().profiles[profile_name]
+        task = _role_chat.RoleTask(
+            profile=profile_name,
+            role=role_name,
+            schema=profile.roles[role_name].payload_schema or profile.payload_schema,
+            privacy=exchange.request.route.privacy,
+            idempotency_key=exchange.idempotency_key,
+        )
+        return _role_chat.stream(self._orchestration, exchange.request, task, exchange.saw)
+
+    def _settle(self, exchange: "Exchange", status: str) -> None:
+        joined, ended_s = exchange.joined, self._clock()
+        usage = exchange.usage()
+        cost_usd = self._price(joined.llm, usage) if joined.llm else exchange.task_cost_usd
+        self._accounts.charge(
+            exchange.caller,
+            usage,
+            llm=joined.llm,
+            gpu_s=exchange.slot_s(ended_s),
+            cost_usd=cost_usd,
+            hold=exchange.hold,
+        )
+        self._observe(
+            Served(
+                surface=exchange.surface,
+                tier=exchange.choice.tier,
+                llm=joined.llm,
+                source=joined.source,
+                status=status,
+                input_tokens=usage.input_tokens,
+                output_tokens=usage.output_tokens,
+                cost_usd=cost_usd,
+                is_task=exchange.route.kind == "role",
+                duration_ms=1000 * (ended_s - exchange.started_s),
+                time_to_first_token_ms=exchange.first_token_ms(),
+                overhead_ms=exchange.overhead_ms(),
+            )
+        )
+
+
+class Exchange:
+    """One request from its acceptance to its end, and what is known of the answer so far."""
+
+    def __init__(
+        self,
+        *,
+        id: str,  # noqa: A002 - it is what the wire calls it
+        surface: Surface,
+        route: Route,
+        choice: TierChoice,
+        caller: Caller,
+        request: ChatRequest,
+        input_tokens: int,
+        started_s: float,
+        idempotency_key: str | None,
+        clock: Callable[[], float],
+        limits: Callable[[Caller], dict[str, str]],
+    ) -> None:
+        self.id, self.surface, self.route, self.choice = id, surface, route, choice
+        self.caller, self.request, self.input_tokens = caller, request, input_tokens
+        self.started_s, self.idempotency_key = started_s, idempotency_key
+        self.hold: Hold | None = None
+        self.joined = JoinedStream()
+        self.task_id = ""
+        self.task_cost_usd = 0.0
+        self._clock, self._limits = clock, limits
+        self._first_s: float | None = None
+        self._engine_s = self._queued_s = 0.0
+        self._pieces = 0
+
+    @property
+    def model(self) -> str:
+        """Who answers: the LLM's name as soon as it is known, or the role's."""
+        return self.joined.llm or self.route.model
+
+    def add(self, delta: ChatDelta) -> None:
+        """The next piece of the answer."""
+        if self._first_s is None:
+            self._first_s = self._clock()
+            self._engine_s, self._queued_s = delta.engine_ms / 1000, delta.queued_ms / 1000
+        self._pieces += 1
+        self.joined.add(delta)
+
+    def saw(self, packet: TaskPacket) -> None:
+        """The role's task as it became."""
+        self.task_id, self.task_cost_usd = packet.task_id, packet.usage.cost_usd
+        self.joined.usage = ChatUsage(
+            input_tokens=packet.usage.input_tokens, output_tokens=packet.usage.output_tokens
+        )
+
+    def usage(self) -> ChatUsage:
+        """The tokens as the engine counted them; of an answer that was broken off, about how many it took."""
+        if self.joined.usage != ChatUsage() or self._first_s is None or self.route.kind == "role":
+            return self.joined.usage
+        return ChatUsage(input_tokens=self.input_tokens, output_tokens=self._pieces)
+
+    def slot_s(self, ended_s: float) -> float:
+        """For how long a slot of a local LLM was taken."""
+        if self.joined.source != "local" or self._first_s is None:
+            return 0.0
+        return ended_s - self._first_s + self._engine_s
+
+    def first_token_ms(self) -> float | None:
+        """From the request to its first token, None before that."""
+        return None if self._first_s is None else 1000 * (self._first_s - self.started_s)
+
+    def overhead_ms(self) -> float | None:
+        """What of that was our own work; None before the first token, and for a task."""
+        if self._first_s is None or self.route.kind == "role":
+            return None
+        return max(0.0, 1000 * (self._first_s - self.started_s - self._engine_s - self._queued_s))
+
+    def headers(self) -> dict[str, str]:
+        """What every answer tells beside its body."""
+        first_ms = self.first_token_ms()
+        taken_ms = 1000 * (self._clock() - self.started_s) if first_ms is None else first_ms
+        headers = {
+            "x-request-id": self.id,
+            "openai-processing-ms": str(round(taken_ms)),
+            "X-Tier": self.choice.tier,
+            "X-Tier-Reason": self.choice.reason,
+        }
+        if self.joined.llm:
+            headers["X-LLM"] = self.joined.llm
+        if self.joined.decision is not None:
+            headers["X-Routing-Reason"] = _header_text(self.joined.decision.reason)
+        overhead_ms = self.overhead_ms()
+        if overhead_ms is not None:
+            headers["X-Overhead-Ms"] = f"{overhead_ms:.2f}"
+        if self.task_id:
+            headers["X-Task-Id"] = self.task_id
+        headers.update(self._limits(self.caller))
+        return headers
+
+
+class Opened:
+    """An answer that began, or is still awaited. Closing `deltas` frees the engine's slot at once."""
+
+    def __init__(
+        self, exchange: Exchange, source: AsyncGenerator[ChatDelta, None], keep_alive_s: float
+    ) -> None:
+        self._exchange = exchange
+        self._pump = Pump(source)
+        self._keep_alive_s = keep_alive_s
+        self._is_awaited = False
+        self.deltas: AsyncGenerator[ChatDelta | KeepAlive, None] = self._deltas()
+        """Raises what the engine raises after the first token; ends well only after a finish_reason."""
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self._exchange.id
+
+    @property
+    def model(self) -> str:
+        """Who answers: what was asked for until an LLM has begun, then its name."""
+        return self._exchange.model
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What is known now: without `X-LLM` while no LLM has begun."""
+        return self._exchange.headers()
+
+    @property
+    def usage(self) -> ChatUsage:
+        """The tokens so far."""
+        return self._exchange.usage()
+
+    async def begun(self) -> None:
+        """Wait for the first piece, a second at most. Raises what came instead of it."""
+        self._is_awaited = not await self._pump.wait(min(FIRST_BYTE_S, self._keep_alive_s))
+        if not self._is_awaited:
+            self._pump.look()
+
+    async def aclose(self) -> None:
+        """End the answer. May be called twice."""
+        await self.deltas.aclose()
+        # A generator that was never started does not run its `finally`.
+        await self._pump.aclose()
+
+    async def _deltas(self) -> AsyncGenerator[ChatDelta | KeepAlive, None]:
+        try:
+            if self._is_awaited:
+                yield KeepAlive()
+            while True:
+                while not await self._pump.wait(self._keep_alive_s):
+                    yield KeepAlive()
+                delta = self._pump.take()
+                if delta is None:
+                    return
+                yield delta
+        finally:
+            await self._pump.aclose()
+
+
+def _route(model: str, settings: Settings) -> Route | None:
+    llm = settings.llms.get(model)
+    if llm is not None:
+        return Route(model=model, kind="llm", tier=llm.tier)
+    match model:
+        case "small" | "main":
+            return Route(model=model, kind="tier", tier=model)
+        case "auto":
+            return Route(model=model, kind="auto")
+        case _:
+            profile, _, role = model.partition("/")
+            there = settings.profiles.get(profile)
+            return Route(model=model, kind="role") if there is not None and role in there.roles else None
+
+
+def _routed(
+    request: ChatRequest, route: Route, choice: TierChoice, caller: Caller, *, named_tier: Tier | None
+) -> ChatRequest:
+    """`request` with the balancer's hints and the tier's limit."""
+    hints = msgspec.structs.replace(
+        request.route,
+        llm=route.model if route.kind == "llm" else None,
+        tier=named_tier if route.kind == "llm" else choice.tier,
+        prefer=caller.prefer,
+        allowed=caller.allowed_llms,
+        privacy="local" if "local" in (caller.privacy, request.route.privacy) else "any",
+    )
+    return msgspec.structs.replace(request, max_tokens=choice.max_tokens, route=hints)
+
+
+def _may_run_roles(caller: Caller) -> bool:
+    """A role's steps choose LLMs of their own: a key that is for some LLMs only cannot run one."""
+    return "tasks" in caller.scopes and not caller.allowed_llms
+
+
+def _foreseen_overflow(error: NoLLMError, exchange: Exchange) -> ContextOverflowError | None:
+    """What a client understands, where nothing but the prompt's length keeps every LLM from serving."""
+    rules = {llm: why.partition(":")[0] for llm, why in error.refusals.items()}
+    short = [llm for llm, rule in rules.items() if rule == "LB-6 context"]
+    if not short or any(rule in {"LB-8 tried", "LB-9 circuit"} for rule in rules.values()):
+        return None
+    return ContextOverflowError(
+        f"the messages come to about {exchange.input_tokens} tokens, more than the maximum context length "
+        f"of every LLM that may serve ({'; '.join(f'{llm}: {error.refusals[llm]}' for llm in short)})"
+    )
+
+
+def _header_text(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()[:HEADER_CHARS]
