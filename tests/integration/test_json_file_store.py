@@ -411,7 +411,7 @@ def _child(root: Path, *before: str, on: str = "disk") -> subprocess.CompletedPr
     )
 
 
-def _mounting(command: str) -> tuple[str, ...]:
+def mounting(command: str) -> tuple[str, ...]:
     """A shell in a mount namespace of its own that runs `command`, then the rest of its arguments."""
     user = () if os.geteuid() == 0 else ("--map-root-user",)
     prefix = ("unshare", "--mount", *user, "sh", "-c", f'{command} && exec "$@"', "sh")
@@ -425,7 +425,7 @@ def _mounting(command: str) -> tuple[str, ...]:
 
 
 def test_a_disk_that_is_really_full_loses_nothing(tmp_path: Path) -> None:
-    ran = _child(tmp_path / "state", *_mounting(f"mount -t tmpfs -o size=400k tmpfs {tmp_path}"), on="tmpfs")
+    ran = _child(tmp_path / "state", *mounting(f"mount -t tmpfs -o size=400k tmpfs {tmp_path}"), on="tmpfs")
     assert "full: no space left" in ran.stdout, ran.stderr
     assert "left: [] []" in ran.stdout
     assert "health: False" in ran.stdout, ran.stderr
@@ -442,7 +442,7 @@ def test_a_limit_on_file_size_is_answered_like_a_full_disk(tmp_path: Path) -> No
 def test_a_read_only_state_folder_is_refused_with_the_reason(tmp_path: Path) -> None:
     ran = _child(
         tmp_path / "state",
-        *_mounting(f"mkdir -p {tmp_path}/state && mount -t tmpfs -o ro tmpfs {tmp_path}/state"),
+        *mounting(f"mkdir -p {tmp_path}/state && mount -t tmpfs -o ro tmpfs {tmp_path}/state"),
     )
     assert "refused: " in ran.stdout, ran.stderr
     assert "Read-only file system" in ran.stdout

@@ -142,8 +142,11 @@ class TaskFolder:
         return self._tasks / task_id[-2:] / f"{task_id}.json"
 
     def has_room(self) -> bool:
-        """Whether files may be late: there is space for all of them and much more. Raises `OSError`."""
-        left = os.statvfs(self.root)
+        """Whether files may be late: there is space for all of them and much more."""
+        try:
+            left = os.statvfs(self.root)
+        except OSError:
+            return False
         files = left.f_favail if left.f_files else _ROOM_FILES  # 0 of 0: as many as there is space for
         return left.f_bavail * left.f_frsize >= _ROOM_BYTES and files >= _ROOM_FILES
 
@@ -193,10 +196,10 @@ class TaskFolder:
                     change.temporary.unlink()
             self._blobs.drop(change.gained if change.problem else change.lost)
 
-    def catch_up(self) -> None:
-        """Put every late file in its place. Raises the first `OSError`, after all were tried."""
+    def catch_up(self, most: int | None = None) -> None:
+        """Put late files in place, the oldest first. Raises the first `OSError`, after the others."""
         problem: OSError | None = None
-        for task_id, content in list(self._late.items()):
+        for task_id, content in list(self._late.items())[:most]:
             try:
                 self._put(self.path(task_id), content)
             except OSError as exc:

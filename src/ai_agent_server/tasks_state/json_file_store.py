@@ -297,8 +297,7 @@ class JsonFileStore:
         """The writer thread's whole life."""
         due_s = math.inf
         while True:
-            pause_s = _RETRY_S if self._files_problem else self._pace.quiet_s
-            batch = _next_batch(self._jobs, wait_s=pause_s if self._folder.is_behind else None)
+            batch = _next_batch(self._jobs, wait_s=self._idle_s(due_s))
             if batch is None:
                 return
             if batch:
@@ -311,28 +310,37 @@ class JsonFileStore:
                         loop.call_soon_threadsafe(self._drain)
             due_s = self._follow(due_s, is_quiet=not batch)
 
+    def _idle_s(self, due_s: float) -> float | None:
+        """How long the writer waits for a change before it looks after late files."""
+        if not self._folder.is_behind:
+            return None
+        left_s = max(0.0, due_s - self._clock())
+        return left_s if self._files_problem else min(left_s, self._pace.quiet_s)
+
     def _follow(self, due_s: float, *, is_quiet: bool) -> float:
-        """Put late files in place when it is time, and answer when it is at the latest."""
+        """Put some late files in place when it is time, and answer when it is at the latest."""
         if not self._folder.is_behind:
             self._files_problem = ""
             return math.inf
         now_s = self._clock()
         due_s = min(due_s, now_s + self._pace.late_s)
-        if not is_quiet and now_s < due_s:
+        if now_s < due_s and (self._files_problem or not is_quiet):
             return due_s
         try:
-            self._folder.catch_up()
+            self._folder.catch_up(None if self._files_problem else _BATCH)
         except OSError as exc:
             if not self._files_problem:
                 log.warning("store.files_late", problem=str(exc))
             self._files_problem = str(exc)
             return now_s + _RETRY_S
         self._files_problem = ""
-        return math.inf
+        return now_s if self._folder.is_behind else math.inf
 
     def _write(self, batch: Sequence[_Job]) -> None:
         try:
-            late = len(batch) > self._pace.at_once and self._folder.has_room()
+            late = (
+                len(batch) > self._pace.at_once and not self._files_problem and self._folder.has_room()
+            )
             for job in batch:
                 self._prepare(job, late=late)
             if changes := [job.change for job in batch if job.change is not None]:
