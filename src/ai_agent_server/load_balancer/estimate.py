@@ -42,6 +42,11 @@ def input_tokens(request: ChatRequest) -> int:
     )
 
 
+def text_tokens(text: str) -> int:
+    """A text's tokens, estimated."""
+    return round(len(text.encode("utf-8", "surrogatepass")) / BYTES_PER_TOKEN)
+
+
 def requirements(request: ChatRequest) -> Requirements:
     """What `request` asks of an LLM."""
     needs: set[Capability] = {"chat"}
@@ -68,7 +73,6 @@ def requirements(request: ChatRequest) -> Requirements:
 def embedding_requirements(request: EmbeddingRequest) -> Requirements:
     """What `request` asks of an LLM: each input has to fit its context alone, and nothing is written."""
     route = request.route
-    longest_bytes = max((len(text.encode("utf-8", "surrogatepass")) for text in request.inputs), default=0)
     return Requirements(
         llm=route.llm,
         tier=route.tier,
@@ -76,7 +80,7 @@ def embedding_requirements(request: EmbeddingRequest) -> Requirements:
         allowed=route.allowed,
         privacy=route.privacy,
         needs=frozenset({"embeddings"}),
-        input_tokens=round(longest_bytes / BYTES_PER_TOKEN),
+        input_tokens=max(map(text_tokens, request.inputs), default=0),
         output_tokens=0,
         max_cost_usd=route.max_cost_usd,
     )

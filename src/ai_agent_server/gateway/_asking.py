@@ -1,0 +1,46 @@
+"""What the surfaces of the OpenAI form share of a request: its headers, and a client that may leave."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, get_args
+
+from litestar import Request, Response
+
+from ai_agent_server.core.chat import Tier
+from ai_agent_server.core.event_stream import disconnected
+from ai_agent_server.errors import InvalidPacketError
+
+__all__ = ("NO_LONGER_READ", "header_text", "tier_of", "while_there")
+
+NO_LONGER_READ = 499
+"""What nginx logs for a client that left; nobody reads it."""
+HEADER_CHARS = 300
+
+
+def tier_of(request: Request[Any, Any, Any]) -> Tier | None:
+    """The tier that `X-Tier` asks for. Raises `InvalidPacketError`."""
+    given = request.headers.get("x-tier")
+    tier = next((tier for tier in get_args(Tier) if tier == given), None)
+    if given is not None and tier is None:
+        raise InvalidPacketError("no such tier", pointer="X-Tier", choices=get_args(Tier))
+    return tier
+
+
+def header_text(text: str) -> str:
+    """`text` as a header can carry it."""
+    return text.encode("ascii", "backslashreplace").decode()[:HEADER_CHARS]
+
+
+async def while_there(
+    request: Request[Any, Any, Any], work: Coroutine[Any, Any, Response[bytes]]
+) -> Response[bytes]:
+    """What `work` answers; as soon as the client is gone, the work is cancelled. The body has to be read."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(disconnected(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else Response(b"", status_code=NO_LONGER_READ)
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
