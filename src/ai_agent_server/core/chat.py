@@ -172,5 +172,6 @@ class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
     llm: str = ""
     source: Literal["local", "api", ""] = ""
     decision: Decision | None = None
+    reasoning: str = ""
     time_to_first_token_ms: float = 0.0
     duration_ms: float = 0.0

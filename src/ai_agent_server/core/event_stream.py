@@ -1,8 +1,10 @@
-"""Server-sent events on their way to a client that may be slow, or leave."""
+"""Clients that leave, or read slowly: server-sent events, and work that ends when nobody waits for it."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from types import TracebackType
+from typing import Self
 
 import structlog
 from litestar.response.base import ASGIResponse
@@ -10,7 +12,7 @@ from litestar.types import Receive, Send
 
 log = structlog.get_logger(__name__)
 
-__all__ = ("EventStream", "disconnected")
+__all__ = ("ClientLeftError", "EventStream", "WhileConnected", "disconnected")
 
 
 class EventStream(ASGIResponse):
@@ -66,6 +68,43 @@ class EventStream(ASGIResponse):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log.info("events.slow_reader_cut", **self._about)
+
+
+class ClientLeftError(Exception):
+    """Nobody is there any more to be answered."""
+
+
+class WhileConnected:
+    """`async with`: its body is cancelled as soon as the client leaves, and `ClientLeftError` raised."""
+
+    def __init__(self, receive: Receive) -> None:
+        """`receive` is the request's, whose body was read."""
+        self._receive = receive
+        self._has_left = self._is_over = False
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        self._watch = asyncio.create_task(disconnected(self._receive), name="client-watch")
+        self._watch.add_done_callback(self._on_left)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._is_over = True
+        self._watch.cancel()
+        if self._has_left:
+            is_ours = self._task.uncancel() <= self._cancelling
+            if is_ours and (kind is None or issubclass(kind, asyncio.CancelledError)):
+                raise ClientLeftError from exc
+        await asyncio.wait((self._watch,))
+
+    def _on_left(self, watch: asyncio.Task[None]) -> None:
+        if not watch.cancelled() and watch.exception() is None and not self._is_over:
+            self._has_left = True
+            self._task.cancel()
 
 
 async def disconnected(receive: Receive) -> None:

@@ -234,7 +234,7 @@ class Serving:
             settings=self._settings().gateway.tiers,
         )
         exchange = Exchange(
-            id=self._new_id(),
+            request_id=self._new_id(),
             surface=surface,
             route=route,
             choice=choice,
@@ -327,7 +327,7 @@ class Exchange:
     def __init__(
         self,
         *,
-        id: str,  # noqa: A002 - it is what the wire calls it
+        request_id: str,
         surface: Surface,
         route: Route,
         choice: TierChoice,
@@ -339,7 +339,7 @@ class Exchange:
         clock: Callable[[], float],
         limits: Callable[[Caller], dict[str, str]],
     ) -> None:
-        self.id, self.surface, self.route, self.choice = id, surface, route, choice
+        self.id, self.surface, self.route, self.choice = request_id, surface, route, choice
         self.caller, self.request, self.input_tokens = caller, request, input_tokens
         self.started_s, self.idempotency_key = started_s, idempotency_key
         self.hold: Hold | None = None

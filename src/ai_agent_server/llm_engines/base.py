@@ -111,6 +111,7 @@ class JoinedStream:
 
     def __init__(self) -> None:
         self._text: list[str] = []
+        self._reasoning: list[str] = []
         self._calls: dict[int, tuple[str, str, list[str]]] = {}
         self.finish_reason: FinishReason | None = None
         self.usage = ChatUsage()
@@ -121,6 +122,8 @@ class JoinedStream:
     def add(self, delta: ChatDelta) -> None:
         """Take the next delta."""
         self._text.append(delta.text)
+        if delta.reasoning:
+            self._reasoning.append(delta.reasoning)
         for part in delta.tool_calls:
             call_id, name, fragments = self._calls.get(part.index, ("", "", []))
             fragments.append(part.arguments)
@@ -148,6 +151,7 @@ class JoinedStream:
             llm=self.llm,
             source=self.source,
             decision=self.decision,
+            reasoning="".join(self._reasoning),
             time_to_first_token_ms=time_to_first_token_ms,
             duration_ms=duration_ms,
         )

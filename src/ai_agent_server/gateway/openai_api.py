@@ -1,0 +1,185 @@
+"""OpenAI's surface: POST /v1/chat/completions, GET /v1/models and /v1/models/{id}."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+import structlog
+from litestar import Request, Response, get, post, route
+from litestar.exceptions import NotFoundException
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
+
+from ai_agent_server.config.settings import Settings
+from ai_agent_server.core.api_schemas import JSON
+from ai_agent_server.core.chat import Tier
+from ai_agent_server.core.event_stream import ClientLeftError, EventStream, WhileConnected
+from ai_agent_server.core.request_body import read_body
+from ai_agent_server.errors import AgentServerError, InvalidPacketError, UnknownLLMError
+from ai_agent_server.gateway import _openai_chat as wire
+from ai_agent_server.gateway._errors import openai_body, wire_error
+from ai_agent_server.gateway.caller import caller_of
+from ai_agent_server.gateway.serving import KeepAlive, ListedModel, Opened, Serving
+
+__all__ = ("ModelCard", "ModelList", "OpenAIRoutes", "asked_tier")
+
+log = structlog.get_logger(__name__)
+
+CLIENT_LEFT = 499
+KEEP_ALIVE = b": keep-alive\n\n"
+METHODS: tuple[Literal["DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"], ...] = (
+    "DELETE",
+    "GET",
+    "HEAD",
+    "PATCH",
+    "POST",
+    "PUT",
+)
+
+AnyRequest: TypeAlias = Request[Any, Any, Any]
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A name that `model` may have: an LLM, a tier, `profile/role`, or `auto`."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    """`local` or `api` for an LLM, `balancer` for a tier and `auto`, `orchestration` for a role."""
+    context_length: int | None = None
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """Every name that `model` may have."""
+
+    object: Literal["list"] = "list"
+    data: tuple[ModelCard, ...]
+
+
+class OpenAIRoutes:
+    """The routes; what they answer is `Serving`'s."""
+
+    def __init__(
+        self,
+        *,
+        serving: Serving,
+        settings: Callable[[], Settings],
+        now_s: Callable[[], float],
+        write_timeout_s: float,
+    ) -> None:
+        """`now_s` answers seconds since 1970."""
+        self._serving, self._settings = serving, settings
+        self._now_s, self._created = now_s, int(now_s())
+        self._write_timeout_s = write_timeout_s
+
+    def handlers(self) -> list[HTTPRouteHandler]:
+        """The routes, and one for what is not there: its answer is in OpenAI's form."""
+        return [
+            post("/v1/chat/completions", status_code=200)(self.chat),
+            get("/v1/models")(self.models),
+            # A role's name has a slash in it.
+            get("/v1/models/{model:path}")(self.model),
+            route("/v1/{rest:path}", http_method=METHODS)(self.nothing),
+        ]
+
+    async def chat(self, request: AnyRequest) -> Any:
+        """Answer a conversation, whole or streamed."""
+        started_s = self._serving.now_s()
+        limit_bytes = int(self._settings().server.max_body_mb * 1024 * 1024)
+        asked = wire.ask(await read_body(request, limit_bytes))
+        created = int(self._now_s())
+        serve = self._serving.open if asked.stream else self._serving.whole
+        try:
+            async with WhileConnected(request.receive):
+                answer = await serve(
+                    asked.model,
+                    asked.request,
+                    caller_of(request.scope),
+                    tier=asked_tier(request),
+                    started_s=started_s,
+                    idempotency_key=request.headers.get("idempotency-key"),
+                )
+        except ClientLeftError:
+            return Response(b"", status_code=CLIENT_LEFT, media_type=JSON)
+        if isinstance(answer, Opened):
+            return EventStream(
+                _frames(answer, created=created, include_usage=asked.include_usage),
+                about={"request_id": answer.id, "surface": "chat"},
+                write_timeout_s=self._write_timeout_s,
+                headers=answer.headers,
+                aclose=answer.aclose,
+            )
+        completion = wire.completion(answer.reply, request_id=answer.id, model=answer.model, created=created)
+        return Response(msgspec.json.encode(completion), media_type=JSON, headers=answer.headers)
+
+    async def models(self, request: AnyRequest) -> Response[bytes]:
+        """Every model, from what is known: a dead engine holds nothing up."""
+        listed = self._serving.models(caller_of(request.scope))
+        return _json(ModelList(data=tuple(self._card(model) for model in listed)))
+
+    async def model(self, request: AnyRequest, model: FromPath[str]) -> Response[bytes]:
+        """One model."""
+        name = model.removeprefix("/")
+        listed = self._serving.models(caller_of(request.scope))
+        found = next((each for each in listed if each.id == name), None)
+        if found is None:
+            raise UnknownLLMError(name[:100], tuple(each.id for each in listed))
+        return _json(self._card(found))
+
+    async def nothing(self, rest: FromPath[str]) -> None:
+        """There is no such route."""
+        raise NotFoundException(rest)
+
+    def _card(self, model: ListedModel) -> ModelCard:
+        return ModelCard(
+            id=model.id,
+            created=self._created,
+            owned_by=model.owned_by,
+            context_length=model.context_tokens,
+        )
+
+
+async def _frames(opened: Opened, *, created: int, include_usage: bool) -> AsyncGenerator[bytes]:
+    """The stream's frames. One that breaks says so, and ends without `[DONE]`."""
+    chunks: wire.Chunks | None = None
+    try:
+        async with aclosing(opened.deltas) as deltas:
+            async for delta in deltas:
+                if isinstance(delta, KeepAlive):
+                    yield KEEP_ALIVE
+                    continue
+                if chunks is None:
+                    chunks = wire.Chunks(
+                        request_id=opened.id, model=opened.model, created=created, include_usage=include_usage
+                    )
+                    yield chunks.first() + chunks.frames(delta)
+                else:
+                    frames = chunks.frames(delta)
+                    if frames:
+                        yield frames
+    except AgentServerError as exc:
+        error = wire_error(exc)
+        log.warning("gateway.stream_broken", request_id=opened.id, code=error.code, llm=opened.model)
+        yield b"data: " + openai_body(error) + b"\n\n"
+        return
+    if chunks is not None:
+        yield chunks.end(opened.usage)
+
+
+def asked_tier(request: AnyRequest) -> Tier | None:
+    """`X-Tier`. Raises `InvalidPacketError` for one that there is not."""
+    match request.headers.get("x-tier", "").strip().lower():
+        case "":
+            return None
+        case "small":
+            return "small"
+        case "main":
+            return "main"
+        case _:
+            raise InvalidPacketError("no such tier", pointer="X-Tier", choices=("small", "main"))
+
+
+def _json(value: object) -> Response[bytes]:
+    return Response(msgspec.json.encode(value), media_type=JSON)
