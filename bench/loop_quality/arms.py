@@ -44,7 +44,7 @@ SEEDS_A_TASK = 1000
 GRACE_S = 30.0
 """To end a task whose time is used up."""
 NOT_THE_MODELS_FAULT: frozenset[Reason | None] = frozenset(
-    {"llm_unavailable", "sandbox_unavailable", "internal", "poison", "worker_lost"}
+    {"llm_unavailable", "sandbox_unavailable", "internal", "poison"}
 )
 
 

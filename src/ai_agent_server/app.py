@@ -20,13 +20,14 @@ from ai_agent_server.channels.base import Channel
 from ai_agent_server.channels.memory_channel import MemoryChannel
 from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.config import settings as configuration
-from ai_agent_server.config.settings import API_KEY, Settings, json_pointer
+from ai_agent_server.config.settings import API_KEY, Settings
 from ai_agent_server.config.toggles import Toggles
 from ai_agent_server.core.api_handler import create_app
 from ai_agent_server.core.chat import JSONObject
 from ai_agent_server.core.mcp_handler import McpHandler, McpHealth
 from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.orchestration_engine import OrchestrationEngine
+from ai_agent_server.core.packet_json import json_pointer
 from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
 from ai_agent_server.discovery import implementation
 from ai_agent_server.errors import ConfigurationError, StoreUnusableError

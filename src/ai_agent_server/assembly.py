@@ -7,19 +7,23 @@ from pathlib import Path
 
 import msgspec
 
-from ai_agent_server import agents, llm_engines
+from ai_agent_server import agents, llm_engines, tools
 from ai_agent_server.agents.base import RoleSpec
 from ai_agent_server.config import settings as configuration
-from ai_agent_server.config.settings import LLMSettings, Settings, json_pointer
+from ai_agent_server.config.settings import LLMSettings, Settings
 from ai_agent_server.core.chat import RouteHints
 from ai_agent_server.core.orchestration_engine import Profile, Role
+from ai_agent_server.core.packet_json import json_pointer
 from ai_agent_server.discovery import implementation, kinds
 from ai_agent_server.errors import ConfigurationError, InvalidPacketError
+from ai_agent_server.gateway.tool_runner import ReadyTool
 from ai_agent_server.llm_engines.base import EmbeddingEngine, EngineSpec, LLMEngine
 from ai_agent_server.load_balancer import strategies
 from ai_agent_server.load_balancer.balanced_engine import Member
 from ai_agent_server.load_balancer.base import BalancingStrategy
 
+TOOLS_PROFILE = "productivity"
+"""Its roles and the text tools share their prompts."""
 MAX_FILE_BYTES = 16 * 1024 * 1024
 
 
@@ -85,6 +89,19 @@ def profiles_for(settings: Settings, folder: Path | None) -> dict[str, Profile]:
         )
         for name, profile in settings.profiles.items()
     }
+
+
+def ready_tools(settings: Settings, folder: Path | None) -> dict[str, ReadyTool]:
+    """The text tools, each with the prompt of the role of its name. Raises `ConfigurationError`."""
+    found: dict[str, ReadyTool] = {}
+    profile = settings.profiles.get(TOOLS_PROFILE)
+    for name in sorted(kinds(tools)):
+        role = profile.roles.get(name) if profile else None
+        here = ("profiles", TOOLS_PROFILE, "roles", name)
+        named = role.prompt if role else None
+        prompt = _prompt(named, TOOLS_PROFILE, name, folder, required=True, here=here)
+        found[name] = ReadyTool(implementation(tools, name)(), prompt)
+    return found
 
 
 def _role(settings: Settings, profile_name: str, role_name: str, folder: Path | None) -> Role:

@@ -280,7 +280,7 @@ def what_next(packet: TaskPacket, called: Caller) -> tuple[str, ...]:
         case "budget_calls" | "budget_tokens" | "budget_wall" | "budget_cost":
             help_page = called.command("run", "--help", asks_server=False)
             return (f"raise the limit that was met ({packet.reason}): {help_page}",)
-        case "poison" | "internal" | "worker_lost":
+        case "poison" | "internal":
             return (f"{called.command('tasks', 'show', me, '--json')}   # its whole history",)
     if packet.status is TaskStatus.INPUT_REQUIRED:
         question = _question(packet)

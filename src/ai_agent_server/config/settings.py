@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 
 from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier
+from ai_agent_server.core.packet_json import json_pointer
 from ai_agent_server.core.task_packet import Limits, LimitsDraft
 from ai_agent_server.core.workflow import END, Workflow
 from ai_agent_server.errors import ConfigurationError
@@ -106,7 +107,7 @@ class RoleSettings(_Section, frozen=True, kw_only=True):
     """A role of a profile. With a prompt file and a schema it needs no code of its own."""
 
     agent: str | None = None
-    """A file below agents (`developer.qa`), `prompt`, or `external` (an outside agent reports by
+    """A file below agents (`developer.qa`), `prompt`, `check`, or `external` (an outside agent reports by
     feedback). By default the file that has the profile's and role's name, else `prompt`."""
     description: str = ""
     llm: str | None = None
@@ -418,11 +419,6 @@ def _not_json(document: object) -> Iterator[tuple[tuple[str | int, ...], str]]:
                 yield path, "not a number that can be used: it is NaN, infinite or too large"
             case _:
                 pass
-
-
-def json_pointer(path: tuple[str | int, ...]) -> str:
-    """RFC 6901."""
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
 
 
 def _from_schema(mistake: ValidationError, source: str) -> ConfigurationError:

@@ -188,9 +188,9 @@ def _taken_apart(exc: msgspec.ValidationError) -> tuple[str, tuple[str, ...]]:
     return match["what"], tuple(path)
 
 
-def json_pointer(path: Iterable[str]) -> str:
+def json_pointer(path: Iterable[str | int]) -> str:
     """RFC 6901."""
-    return "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path)
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
 
 
 def _below(here: inspect.Type, step: str) -> inspect.Type:

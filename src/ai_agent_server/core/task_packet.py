@@ -51,7 +51,6 @@ Reason = Literal[
     "sandbox_unavailable",
     "input_expired",
     "canceled_by_client",
-    "worker_lost",
     "poison",
     "internal",
 ]
