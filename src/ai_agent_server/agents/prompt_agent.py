@@ -15,8 +15,9 @@ class PromptAgent:
     """Fills the role's prompt file and asks once.
 
     The prompt may name every field of the payload; `$payload`, the whole of it as JSON; the output
-    of each role that ran before by its name (`$fast_coder` for fast-coder); `$code`, the latest
-    artifact; `$feedback`, why the last role or outside agent ended as it did. With a `result_schema`
+    of each role that ran before by its name (`$fast_coder` for fast-coder); `$work`, the latest
+    output of any; `$code`, the latest artifact; `$feedback`, why the last role or outside agent ended
+    as it did. With a `result_schema`
     the answer is an object that obeys it, without one it is {"text": ...}.
     """
 
@@ -41,7 +42,7 @@ def _fields(packet: TaskPacket) -> Mapping[str, str]:
             continue
         if event.output is not None:
             text = event.output.get("text") if set(event.output) == {"text"} else event.output
-            fields[event.role.replace("-", "_")] = as_text(text)
+            fields[event.role.replace("-", "_")] = fields["work"] = as_text(text)
         if event.artifact is not None:
             fields["code"] = event.artifact.content
         if event.why:

@@ -8,7 +8,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 
-__all__ = ("MAX_TESTS", "code_repairs", "mechanical_repairs", "usable_tests")
+__all__ = ("MAX_TESTS", "assertions", "code_repairs", "mechanical_repairs", "usable_tests")
 
 MAX_TESTS = 8
 _MAX_TEXT = 200_000
@@ -117,6 +117,26 @@ def usable_tests(text: str, entry_point: str | None) -> tuple[str, ...]:
         if len(kept) == MAX_TESTS:
             break
     return tuple(kept)
+
+
+def assertions(example: str) -> tuple[str, ...]:
+    """The assert statements that `example` is; `f(1) == 2` is read as one. () where it is more or less.
+
+    Imports beside them are left out: the runner brings what tests need of the standard library.
+    """
+    text = example.strip()
+    tree = _parsed(text)
+    match tree.body if tree else []:
+        case [ast.Assert()]:
+            return (text,)
+        case [ast.Expr(value=ast.Compare())]:
+            return (f"assert {text}",)
+        case body if all(
+            isinstance(statement, ast.Assert | ast.Import | ast.ImportFrom) for statement in body
+        ):
+            return tuple(ast.unparse(statement) for statement in body if isinstance(statement, ast.Assert))
+        case _:
+            return ()
 
 
 def parses(code: str) -> bool:

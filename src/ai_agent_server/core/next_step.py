@@ -1,5 +1,6 @@
 """What a task does next: routes, stop rules, the best of its work. Pure decisions over its history."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -107,10 +108,14 @@ Report: TypeAlias = StepFinished | FeedbackReceived
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
-    """One version of the work, with what its tests showed, if they ran."""
+    """One version of the work, with what its tests showed, if they ran.
+
+    `output`: what the artifact is the JSON text of, where the work is not code but what a role answers.
+    """
 
     artifact: Artifact
     report: TestReport | None = None
+    output: JSONObject | None = None
 
 
 def deadline(packet: TaskPacket) -> datetime | None:
@@ -142,17 +147,47 @@ def next_action(packet: TaskPacket, workflow: Workflow, *, external: frozenset[s
 def drafts(packet: TaskPacket, workflow: Workflow) -> tuple[Draft, ...]:
     """Every version of the work in the order it was made; a report belongs to the latest before it."""
     made: list[Draft] = []
-    given = packet.payload.get("code")
-    if isinstance(given, str) and given:
+    if given := _given_code(packet):
         made.append(Draft(artifact=Artifact(artifact_id="given", kind="code", content=given)))
+    versions = _versions(packet, workflow)
     for event in packet.history:
         if not isinstance(event, StepFinished | FeedbackReceived):
             continue
-        if event.artifact is not None and (event.role in workflow.makers or not workflow.makers):
-            made.append(Draft(artifact=event.artifact))
+        if event.seq in versions:
+            made.append(versions[event.seq])
         if event.report is not None and made:
             made[-1] = msgspec.structs.replace(made[-1], report=event.report)
     return tuple(made)
+
+
+def _given_code(packet: TaskPacket) -> str:
+    given = packet.payload.get("code")
+    return given if isinstance(given, str) else ""
+
+
+def _versions(packet: TaskPacket, workflow: Workflow) -> dict[int, Draft]:
+    """What each report added to the work, by its `seq`.
+
+    What a maker says beside its code is no version of the work; where no code is made, it is the work.
+    """
+    makers = [
+        event
+        for event in packet.history
+        if isinstance(event, StepFinished | FeedbackReceived)
+        and (event.role in workflow.makers or not workflow.makers)
+    ]
+    artifacts = {e.seq: Draft(artifact=e.artifact) for e in makers if e.artifact is not None}
+    if artifacts or not workflow.makers or _given_code(packet):
+        return artifacts
+    return {
+        e.seq: Draft(artifact=_document(e.output), output=e.output) for e in makers if e.output is not None
+    }
+
+
+def _document(output: JSONObject) -> Artifact:
+    content = msgspec.json.format(msgspec.json.encode(output)).decode()
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return Artifact(artifact_id=digest, kind="document", content=content, language="json")
 
 
 def best(versions: tuple[Draft, ...]) -> Draft | None:
@@ -160,10 +195,11 @@ def best(versions: tuple[Draft, ...]) -> Draft | None:
 
     def rank(draft: Draft) -> tuple[bool, int, int, int]:
         report = draft.report
+        # Of what is no code the first is kept: what it lost on the way to shorter is not known.
+        shortness = 0 if draft.output is not None else -len(draft.artifact.content)
         if report is None:
-            return (False, -1, -1, -len(draft.artifact.content))
-        passed = report.verdict == "pass"
-        return (passed, report.anchors_passed, report.tests_passed, -len(draft.artifact.content))
+            return (False, -1, -1, shortness)
+        return (report.verdict == "pass", report.anchors_passed, report.tests_passed, shortness)
 
     return max(versions, key=rank, default=None)
 
@@ -173,11 +209,14 @@ def result(packet: TaskPacket, workflow: Workflow, *, outcome: str) -> JSONObjec
     found: JSONObject = {"outcome": outcome}
     chosen = best(drafts(packet, workflow))
     if chosen is not None:
-        found["artifact"] = msgspec.to_builtins(chosen.artifact)
+        if chosen.output is None:
+            found["artifact"] = msgspec.to_builtins(chosen.artifact)
         found["verdict"] = chosen.report.verdict if chosen.report else "unverified"
         found["tests"] = msgspec.to_builtins(chosen.report) if chosen.report else None
     last = next((r for r in _reports(packet) if r.output is not None), None)
-    if last is not None:
+    if chosen is not None and chosen.output is not None:
+        found["output"] = chosen.output
+    elif last is not None:
         found["output"] = last.output
     return found if len(found) > 1 else None
 
@@ -194,6 +233,7 @@ class _Decision:
         self.packet, self.workflow, self.external, self.now = packet, workflow, external, now
         self.started = [e for e in packet.history if isinstance(e, StepStarted)]
         self.finished = [e for e in packet.history if isinstance(e, StepFinished)]
+        self.versions = _versions(packet, workflow)
 
     def take(self) -> Action:
         last = self._last()
@@ -294,11 +334,16 @@ class _Decision:
         return not (edge.feedback and edge.to in self.workflow.makers and self._changed_nothing(edge.to))
 
     def _changed_nothing(self, role: str) -> bool:
-        made = [e for e in self.finished if e.artifact is not None and e.role in self.workflow.makers]
-        if not made or made[-1].role != role or made[-1].artifact is None:
+        made = [(e.role, self._made(e)) for e in self.finished if e.role in self.workflow.makers]
+        made = [(maker, content) for maker, content in made if content]
+        if not made or made[-1][0] != role:
             return False
-        latest = made[-1].artifact.artifact_id
-        return any(e.artifact is not None and e.artifact.artifact_id == latest for e in made[:-1])
+        return any(content == made[-1][1] for _, content in made[:-1])
+
+    def _made(self, event: StepFinished) -> str:
+        """What names the version that the step added to the work, "" if it added none."""
+        version = self.versions.get(event.seq)
+        return version.artifact.artifact_id if version else ""
 
     def _stop_rule(self, edge: Edge) -> EndBadly | None:
         workflow = self.workflow
@@ -307,9 +352,9 @@ class _Decision:
         if edge.feedback and self.packet.usage.feedback_hops >= self.packet.limits.feedback_hops:
             return self._end("max_debug", f"{self.packet.limits.feedback_hops} feedback hops are used up")
         same = Counter(
-            (e.role, e.call.prompt_sha256, e.artifact.artifact_id)
+            (e.role, e.call.prompt_sha256, self._made(e))
             for e in self.finished
-            if e.call is not None and e.artifact is not None
+            if e.call is not None and self._made(e)
         )
         if same and (top := same.most_common(1)[0])[1] >= workflow.max_same_step:
             return self._end("loop_detected", f"{top[0][0]} gave the same answer {top[1]} times")

@@ -7,7 +7,7 @@ import re
 import msgspec
 
 from ai_agent_server.core.chat import JSONObject
-from ai_agent_server.core.code_text import builtin_under_test
+from ai_agent_server.core.code_text import assertions, builtin_under_test
 from ai_agent_server.core.next_step import Draft, drafts
 from ai_agent_server.core.prompt import as_text
 from ai_agent_server.core.task_packet import Artifact, FeedbackReceived, StepFinished, TaskPacket
@@ -96,26 +96,6 @@ def anchors(packet: TaskPacket) -> tuple[str, ...]:
 def unusable_examples(packet: TaskPacket) -> tuple[str, ...]:
     """The examples that cannot be run; somebody should be told."""
     return tuple(example for example in _given_examples(packet) if not assertions(example))
-
-
-def assertions(example: str) -> tuple[str, ...]:
-    """The assert statements that `example` is; `f(1) == 2` is read as one. () where it is more or less.
-
-    Imports beside them are left out: the runner brings what tests need of the standard library.
-    """
-    text = example.strip()
-    try:
-        body = ast.parse(text).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ()
-    match body:
-        case [ast.Assert()]:
-            return (text,)
-        case [ast.Expr(value=ast.Compare())]:
-            return (f"assert {text}",)
-    if all(isinstance(statement, ast.Assert | ast.Import | ast.ImportFrom) for statement in body):
-        return tuple(ast.unparse(statement) for statement in body if isinstance(statement, ast.Assert))
-    return ()
 
 
 def _given_examples(packet: TaskPacket) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from ai_agent_server.agents.developer import _history
 from ai_agent_server.agents.developer._tests import claim, runnable
 from ai_agent_server.core.answer import read_object, read_text
 from ai_agent_server.core.chat import JSONObject
-from ai_agent_server.core.code_text import usable_tests
+from ai_agent_server.core.code_text import assertions, usable_tests
 from ai_agent_server.core.task_packet import FeedbackReceived, StepFinished, TaskPacket, TestReport
 from ai_agent_server.errors import ConfigurationError, InvalidOutputError, SandboxError
 from ai_agent_server.sandbox.base import SandboxLimits
@@ -200,7 +200,7 @@ def _reported(packet: TaskPacket, role: str) -> Iterator[str]:
     for event in packet.history:
         if isinstance(event, FeedbackReceived) and event.role == role and event.report is not None:
             for test in event.report.failing:
-                yield from _history.assertions(test)
+                yield from assertions(test)
 
 
 def _options(context: AgentContext) -> QAAgent.Options:
