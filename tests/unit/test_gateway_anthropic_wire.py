@@ -345,9 +345,18 @@ def events(raw: bytes) -> list[dict[str, Any]]:
     return found
 
 
-def answer(*deltas: ChatDelta, **rest: Any) -> tuple[list[dict[str, Any]], wire.MessageReply]:
+def answer(
+    *deltas: ChatDelta, stops: tuple[str, ...] = (), shows_thinking: bool = False
+) -> tuple[list[dict[str, Any]], wire.MessageReply]:
     """The events of an answer, and the same answer whole."""
-    folded = wire.Answer(**{"message_id": "msg_1", "model": "m", "input_tokens": 3, "keep": True} | rest)
+    folded = wire.Answer(
+        message_id="msg_1",
+        model="m",
+        input_tokens=3,
+        stops=stops,
+        shows_thinking=shows_thinking,
+        keep=True,
+    )
     raw = folded.start()
     for delta in deltas:
         raw += folded.take(delta)
