@@ -63,6 +63,7 @@ for _name, _path, _help in (
     ("submit", "tasks:submit", "Submit a task and print its id."),
     ("watch", "tasks:watch", "Follow a task to its end."),
     ("tasks", "tasks:tasks", "List tasks; show, cancel, delete one, or send feedback."),
+    ("mcp", "mcp:mcp", "Speak the Model Context Protocol on standard input and output."),
     ("llms", "llms:llms", "List LLMs; switch one on or off; explain a choice."),
 ):
     app.command(f"ai_agent_server.cli.{_path}", name=_name, help=_help)

@@ -14,7 +14,7 @@ from ai_agent_server.cli.serve import DEFAULT_HOST, DEFAULT_PORT
 from ai_agent_server.client import Client
 from ai_agent_server.config.settings import API_KEY, environment
 
-__all__ = ("AsJSON", "ServerURL", "caller", "connect", "console", "print_json")
+__all__ = ("AsJSON", "ServerURL", "address", "caller", "connect", "console", "print_json")
 
 PIPE_WIDTH = 240
 """A table in a pipe is cut by nobody."""
@@ -33,12 +33,19 @@ AsJSON = Annotated[bool, Parameter(name="--json", negative=(), help="Print JSON 
 
 def connect(server: str | None) -> Client:
     """A client of the server that is meant. Use it as `async with`."""
+    return Client(address(server), api_key=environment().get(API_KEY) or None)
+
+
+def address(server: str | None) -> str:
+    """The URL of the server that is meant."""
+    if server:
+        return server
     environ = environment()
     host = environ.get("AI_AGENT_SERVER_HOST") or DEFAULT_HOST
     # Where a server listens on every interface, this machine reaches it on loopback.
     host = {"0.0.0.0": DEFAULT_HOST, "::": "[::1]"}.get(host, host)  # noqa: S104 - not bound here
     port = environ.get("AI_AGENT_SERVER_PORT") or DEFAULT_PORT
-    return Client(server or f"http://{host}:{port}", api_key=environ.get(API_KEY) or None)
+    return f"http://{host}:{port}"
 
 
 def caller(server: str | None) -> Caller:
