@@ -7,21 +7,22 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
 import structlog
 import uuid_utils
 
 from ai_agent_server.core.task_packet import Canceled, Started, Submitted, TaskPacket
 from ai_agent_server.errors import TaskNotFoundError
 from ai_agent_server.tasks_state.base import TaskFilter
-from ai_agent_server.tasks_state.json_file_store import JsonFileStore
+from ai_agent_server.tasks_state.json_file_store import JsonFileStore, Pace
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 KILLS = 24
 DELETED = -1
 
 
-async def _write_for_ever(root: Path) -> None:
-    store = JsonFileStore(root)
+async def _write_for_ever(root: Path, pace: Pace) -> None:
+    store = JsonFileStore(root, pace=pace)
     await store.open()
     say(f"open {len(await store.live())}")
     async with asyncio.TaskGroup() as group:
@@ -66,13 +67,16 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-async def test_every_acknowledged_revision_outlives_a_kill_at_any_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [0, 100], ids=["late files", "files at once"])
+async def test_every_acknowledged_revision_outlives_a_kill_at_any_moment(
+    tmp_path: Path, at_once: int
+) -> None:
     root = tmp_path / "state"
     chance = random.Random(1)
     acknowledged: dict[str, int] = {}
     going: set[str] = set()
     for _ in range(KILLS):
-        said = await asyncio.to_thread(_killed_after, root, 1 + chance.randrange(300))
+        said = await asyncio.to_thread(_killed_after, root, 1 + chance.randrange(300), at_once)
         for line in said:
             name, what = line.split()
             if what == "deleting":
@@ -88,10 +92,10 @@ async def test_every_acknowledged_revision_outlives_a_kill_at_any_moment(tmp_pat
     assert len(acknowledged) > KILLS
 
 
-def _killed_after(root: Path, lines: int) -> list[str]:
+def _killed_after(root: Path, lines: int, at_once: int) -> list[str]:
     """What a child acknowledged before it was killed, at the earliest when it had said `lines` lines."""
     with subprocess.Popen(
-        [sys.executable, "-m", __name__, str(root)],
+        [sys.executable, "-m", __name__, str(root), str(at_once)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -134,4 +138,4 @@ async def _agrees(store: JsonFileStore, acknowledged: dict[str, int], going: set
 
 if __name__ == "__main__":
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    asyncio.run(_write_for_ever(Path(sys.argv[1])))
+    asyncio.run(_write_for_ever(Path(sys.argv[1]), Pace(at_once=int(sys.argv[2]), late_s=0.05)))

@@ -105,13 +105,13 @@ async def test_late_files_follow_while_others_are_written_all_the_time(tmp_path:
     """More of them than are put in place at once."""
     async with opened(tmp_path / "state", Pace(at_once=0, quiet_s=3600, late_s=0.05)) as store:
         tasks = await asyncio.gather(*(accepted(store) for _ in range(200)))
-        busy = await accepted(store)
+        busy = [await accepted(store) for _ in range(16)]
 
         async def write_on(task: TaskPacket) -> None:
             while True:
                 task = await started(store, task)
 
-        writing = asyncio.ensure_future(write_on(busy))
+        writing = asyncio.gather(*(write_on(task) for task in busy))
         await until(lambda: all(revision_in(path_of(store, task)) == 1 for task in tasks))
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)

@@ -17,14 +17,14 @@ import uuid_utils
 from ai_agent_server.core.task_packet import Canceled, Started, Submitted, TaskPacket
 from ai_agent_server.errors import StoreFullError, StoreUnusableError, TaskNotFoundError
 from ai_agent_server.tasks_state._journal import Frame, Journal
-from ai_agent_server.tasks_state.json_file_store import JsonFileStore
+from ai_agent_server.tasks_state.json_file_store import PACE, JsonFileStore, Pace
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
 @asynccontextmanager
-async def opened(root: Path) -> AsyncIterator[JsonFileStore]:
-    store = JsonFileStore(root)
+async def opened(root: Path, pace: Pace = PACE) -> AsyncIterator[JsonFileStore]:
+    store = JsonFileStore(root, pace=pace)
     await store.open()
     try:
         yield store
@@ -303,7 +303,8 @@ def test_a_full_segment_is_retired_while_the_next_one_is_written(tmp_path: Path)
     journal.close()
 
 
-async def test_a_checkpoint_while_tasks_are_written_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [0, 100], ids=["late files", "files at once"])
+async def test_a_checkpoint_while_tasks_are_written_loses_nothing(tmp_path: Path, at_once: int) -> None:
     rounds = 28
 
     async def one(store: JsonFileStore) -> TaskPacket:
@@ -312,7 +313,8 @@ async def test_a_checkpoint_while_tasks_are_written_loses_nothing(tmp_path: Path
             task = await started(store, task)
         return task
 
-    async with opened(tmp_path / "state") as store:
+    pace = Pace(at_once=at_once, quiet_s=3600, late_s=3600)
+    async with opened(tmp_path / "state", pace) as store:
         tasks = await asyncio.gather(*(one(store) for _ in range(8)))
         root = after_the_cut(tmp_path / "state", tmp_path / "cut")
     assert min(int(path.stem) for path in (root / "journal").iterdir()) > 1
@@ -328,11 +330,13 @@ async def test_a_start_that_finds_no_space_for_the_journals_files_shows_what_is_
 ) -> None:
     async with opened(tmp_path / "state") as store:
         task = await accepted(store, prompt="x" * 20_000)
-        over = await canceled(store, await accepted(store, prompt="y" * 20_000))
+        over = await accepted(store, prompt="y" * 20_000)
+        older = file_in(tmp_path / "state", over.task_id).read_bytes()
+        over = await canceled(store, over)
         other = await accepted(store)
         root = after_the_cut(tmp_path / "state", tmp_path / "cut")
-    for lost in (task, over):
-        file_in(root, lost.task_id).unlink()
+    file_in(root, task.task_id).unlink()
+    file_in(root, over.task_id).write_bytes(older)
     with no_file_longer_than(10_000):
         async with opened(root) as store:
             assert [await store.read(each.task_id) for each in (task, over, other)] == [task, over, other]
@@ -342,6 +346,9 @@ async def test_a_start_that_finds_no_space_for_the_journals_files_shows_what_is_
             with pytest.raises(StoreFullError):
                 await store.delete(over.task_id)
             assert await store.read(other.task_id) == other
+            health = await store.health()
+            assert not health.ok
+            assert os.strerror(errno.EFBIG) in health.detail
     async with opened(root) as store:
         assert [await store.read(each.task_id) for each in (task, over, other)] == [task, over, other]
         assert (await store.health()).corrupt == 0

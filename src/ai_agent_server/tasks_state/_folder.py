@@ -54,6 +54,8 @@ class Found(msgspec.Struct, kw_only=True):
     live: list[Stored]
     corrupt: int = 0
     """How many files lie in `corrupt/`."""
+    problem: str = ""
+    """Why files are behind the journal."""
 
 
 class Change(msgspec.Struct, kw_only=True, eq=False):
@@ -117,8 +119,7 @@ class TaskFolder:
             for name in _SHARDS:
                 (self._tasks / name).mkdir(mode=0o700, exist_ok=True)
             sync_folder(self._tasks)
-            self._replay()
-            found = Found(summaries=[], live=[])
+            found = Found(summaries=[], live=[], problem=self._replay())
             for name in _SHARDS:
                 self._scan(self._tasks / name, found)
             self._take_late(found)
@@ -200,9 +201,11 @@ class TaskFolder:
         """Put late files in place, the oldest first. Raises the first `OSError`, after the others."""
         problem: OSError | None = None
         for task_id, content in list(self._late.items())[:most]:
+            path = self.path(task_id)
             try:
-                self._put(self.path(task_id), content)
+                self._put(path, content)
             except OSError as exc:
+                exc.filename = exc.filename or str(path)
                 problem = problem or exc
             else:
                 del self._late[task_id]
@@ -311,11 +314,14 @@ class TaskFolder:
             self._journal.settle()
             return work()
 
-    def _replay(self) -> None:
-        """Bring the files to where the journal is that a crash left, and end it."""
+    def _replay(self) -> str:
+        """Bring the files to where the journal is that a crash left, and end it.
+
+        Answers why it could not, for want of space.
+        """
         left = segments(self._journal.folder)
         if not left:
-            return
+            return ""
         newest: dict[str, bytes] = {}
         new_again: set[str] = set()
         broken: set[Path] = set()
@@ -329,15 +335,17 @@ class TaskFolder:
         for task_id, content in newest.items():
             if self._is_older(task_id, content, whatever=task_id in new_again):
                 self._late[task_id] = content
-        changed = len(self._late)
+        changed, problem = len(self._late), ""
         self._journal.adopt(left, newest, end=lambda path: self._end_segment(path, is_broken=path in broken))
         try:
             self._journal.settle()
         except OSError as exc:
             if exc.errno not in FULL:
                 raise
-            log.warning("store.journal_kept", tasks=len(self._late), problem=str(exc))
+            problem = str(exc)
+            log.warning("store.journal_kept", tasks=len(self._late), problem=problem)
         log.warning("store.journal_replayed", segments=len(left), tasks=len(newest), changed=changed)
+        return problem
 
     def _is_older(self, task_id: str, content: bytes, *, whatever: bool) -> bool:
         """Whether the task's file does not say what its last frame says, and is not ahead of it."""

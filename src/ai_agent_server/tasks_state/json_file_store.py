@@ -112,7 +112,7 @@ class JsonFileStore:
             raise
         self._index.fill(found.summaries)
         self._live = {live.packet.task_id: live for live in found.live}
-        self._corrupt = found.corrupt
+        self._corrupt, self._files_problem = found.corrupt, found.problem
         self._loop = asyncio.get_running_loop()
         # A daemon: should the loop die without `aclose`, the process still ends, as by a kill.
         self._writer = threading.Thread(
@@ -295,7 +295,7 @@ class JsonFileStore:
 
     def _write_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """The writer thread's whole life."""
-        due_s = math.inf
+        due_s = self._clock() + self._pace.late_s
         while True:
             batch = _next_batch(self._jobs, wait_s=self._idle_s(due_s))
             if batch is None:
@@ -338,9 +338,7 @@ class JsonFileStore:
 
     def _write(self, batch: Sequence[_Job]) -> None:
         try:
-            late = (
-                len(batch) > self._pace.at_once and not self._files_problem and self._folder.has_room()
-            )
+            late = len(batch) > self._pace.at_once and not self._files_problem and self._folder.has_room()
             for job in batch:
                 self._prepare(job, late=late)
             if changes := [job.change for job in batch if job.change is not None]:
