@@ -59,7 +59,9 @@ def told(*deltas: ChatDelta, **body: Any) -> list[dict[str, Any]]:
     """Every event of an answer, judged by the SDK's types, as JSON."""
     draft = decode(json.dumps({"model": "small", "input": "Hi", **body}).encode())
     ids = (f"id-{number}" for number in itertools.count())
-    answer = Answer(draft, translate(draft), new_id=lambda: next(ids), now=lambda: 1_700_000_000.5)
+    answer = Answer(
+        draft, translate(draft), model=lambda: "small", new_id=lambda: next(ids), now=lambda: 1_700_000_000.5
+    )
     events = answer.opening()
     for delta in deltas:
         events += answer.take(delta)
@@ -384,7 +386,7 @@ def test_an_answer_that_met_a_limit_is_incomplete(finish: Any, reason: str) -> N
 
 def test_an_answer_that_breaks_off_fails_and_never_completes() -> None:
     draft = decode(b'{"model":"small","input":"Hi"}')
-    answer = Answer(draft, translate(draft), new_id=lambda: "x", now=lambda: 0.0)
+    answer = Answer(draft, translate(draft), model=lambda: "small", new_id=lambda: "x", now=lambda: 0.0)
     events = [*answer.opening(), *answer.take(ChatDelta(text="Hel"))]
     events.append(answer.failing("server_error", "the answer was cut"))
     last = judged([frame(event) for event in events])[-1]

@@ -1,13 +1,13 @@
-"""What the surfaces of the OpenAI form share of a request: its headers, and a client that may leave."""
+"""What the surfaces share of a request: its headers, and a client that may leave."""
 
-import asyncio
 from collections.abc import Coroutine
 from typing import Any, get_args
 
 from litestar import Request, Response
 
+from ai_agent_server.core.api_schemas import JSON
 from ai_agent_server.core.chat import Tier
-from ai_agent_server.core.event_stream import disconnected
+from ai_agent_server.core.event_stream import ClientLeftError, WhileConnected
 from ai_agent_server.errors import InvalidPacketError
 
 __all__ = ("NO_LONGER_READ", "header_text", "tier_of", "while_there")
@@ -35,12 +35,8 @@ async def while_there(
     request: Request[Any, Any, Any], work: Coroutine[Any, Any, Response[bytes]]
 ) -> Response[bytes]:
     """What `work` answers; as soon as the client is gone, the work is cancelled. The body has to be read."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(disconnected(request.receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else Response(b"", status_code=NO_LONGER_READ)
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        async with WhileConnected(request.receive):
+            return await work
+    except ClientLeftError:
+        return Response(b"", status_code=NO_LONGER_READ, media_type=JSON)

@@ -5,7 +5,14 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from ai_agent_server.core.chat import ChatDelta, ChatUsage, FinishReason, JSONObject, ToolCallDelta
+from ai_agent_server.core.chat import (
+    ChatDelta,
+    ChatReply,
+    ChatUsage,
+    FinishReason,
+    JSONObject,
+    ToolCallDelta,
+)
 from ai_agent_server.gateway._responses_wire import ResponsesDraft, Translated
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -331,12 +338,13 @@ class Answer:
         draft: ResponsesDraft,
         asked: Translated,
         *,
+        model: Callable[[], str],
         new_id: Callable[[], str],
         now: Callable[[], float],
     ) -> None:
-        """`now` is Unix time in seconds."""
+        """`model` answers who writes, as far as it is known; `now` is Unix time in seconds."""
         self._asked = asked
-        self._new_id, self._now = new_id, now
+        self._model, self._new_id, self._now = model, new_id, now
         self._one_call_only = draft.parallel_tool_calls is False
         self._sequence = 0
         self._outputs = 0
@@ -349,7 +357,7 @@ class Answer:
             id=f"resp_{self._id()}",
             created_at=int(now()),
             status="in_progress",
-            model=draft.model,
+            model=model(),
             instructions=draft.instructions,
             max_output_tokens=draft.max_output_tokens,
             metadata=draft.metadata or {},
@@ -369,6 +377,23 @@ class Answer:
             safety_identifier=draft.safety_identifier,
             user=draft.user,
         )
+
+    def whole(self, reply: ChatReply) -> Response:
+        """The object for an answer that is there already."""
+        calls = enumerate(reply.tool_calls)
+        self.take(
+            ChatDelta(
+                reasoning=reply.reasoning,
+                text=reply.text,
+                tool_calls=tuple(
+                    ToolCallDelta(index=index, id=call.id, name=call.name, arguments=call.arguments)
+                    for index, call in calls
+                ),
+                finish_reason=reply.finish_reason,
+                usage=reply.usage,
+            )
+        )
+        return self.ending()[1]
 
     def opening(self) -> list[_Event]:
         """Before the first delta."""
@@ -402,6 +427,7 @@ class Answer:
         response = msgspec.structs.replace(
             self._base,
             status=status,
+            model=self._model(),
             completed_at=None if cut else int(self._now()),
             output=self._output(),
             incomplete_details=Incomplete(
@@ -423,6 +449,7 @@ class Answer:
         response = msgspec.structs.replace(
             self._base,
             status="failed",
+            model=self._model(),
             output=self._output(),
             error=Failure(code=code, message=message),
         )
