@@ -13,20 +13,19 @@ from litestar.params import FromPath
 
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.api_schemas import JSON
-from ai_agent_server.core.chat import Tier
 from ai_agent_server.core.event_stream import ClientLeftError, EventStream, WhileConnected
 from ai_agent_server.core.request_body import read_body
-from ai_agent_server.errors import AgentServerError, InvalidPacketError, UnknownLLMError
+from ai_agent_server.errors import AgentServerError, UnknownLLMError
 from ai_agent_server.gateway import _openai_chat as wire
+from ai_agent_server.gateway._asking import NO_LONGER_READ, tier_of
 from ai_agent_server.gateway._errors import openai_body, wire_error
 from ai_agent_server.gateway.caller import caller_of
 from ai_agent_server.gateway.serving import KeepAlive, ListedModel, Opened, Serving
 
-__all__ = ("ModelCard", "ModelList", "OpenAIRoutes", "asked_tier")
+__all__ = ("ModelCard", "ModelList", "OpenAIRoutes")
 
 log = structlog.get_logger(__name__)
 
-CLIENT_LEFT = 499
 KEEP_ALIVE = b": keep-alive\n\n"
 METHODS: tuple[Literal["DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"], ...] = (
     "DELETE",
@@ -97,12 +96,12 @@ class OpenAIRoutes:
                     asked.model,
                     asked.request,
                     caller_of(request.scope),
-                    tier=asked_tier(request),
+                    tier=tier_of(request),
                     started_s=started_s,
                     idempotency_key=request.headers.get("idempotency-key"),
                 )
         except ClientLeftError:
-            return Response(b"", status_code=CLIENT_LEFT, media_type=JSON)
+            return Response(b"", status_code=NO_LONGER_READ, media_type=JSON)
         if isinstance(answer, Opened):
             return EventStream(
                 _frames(answer, created=created, include_usage=asked.include_usage),
@@ -166,19 +165,6 @@ async def _frames(opened: Opened, *, created: int, include_usage: bool) -> Async
         return
     if chunks is not None:
         yield chunks.end(opened.usage)
-
-
-def asked_tier(request: AnyRequest) -> Tier | None:
-    """`X-Tier`. Raises `InvalidPacketError` for one that there is not."""
-    match request.headers.get("x-tier", "").strip().lower():
-        case "":
-            return None
-        case "small":
-            return "small"
-        case "main":
-            return "main"
-        case _:
-            raise InvalidPacketError("no such tier", pointer="X-Tier", choices=("small", "main"))
 
 
 def _json(value: object) -> Response[bytes]:

@@ -1,0 +1,81 @@
+"""The gateway's surfaces, built from the server's parts: the forms in which other programs ask for an LLM."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
+
+from ai_agent_server.config.settings import Settings
+from ai_agent_server.core.metrics import Metrics
+from ai_agent_server.core.ports import Orchestration
+from ai_agent_server.gateway._errors import openai_form, refused
+from ai_agent_server.gateway.anthropic_api import AnthropicApi, anthropic_form
+from ai_agent_server.gateway.caller import Accounts
+from ai_agent_server.gateway.embeddings_api import Embeddings, EmbeddingsRoutes
+from ai_agent_server.gateway.openai_api import OpenAIRoutes
+from ai_agent_server.gateway.responses_api import ResponsesRoutes
+from ai_agent_server.gateway.serving import Serving
+from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
+
+__all__ = ("Surfaces", "surfaces_for")
+
+
+class Surfaces(msgspec.Struct, frozen=True, kw_only=True):
+    """What the application needs of them."""
+
+    serving: Serving
+    handlers: list[HTTPRouteHandler | ASGIRouteHandler]
+    refused: Callable[[Request[Any, Any, Any], Exception], Response[bytes] | None]
+
+
+def surfaces_for(
+    *,
+    balancer: BalancedEngine,
+    orchestration: Orchestration,
+    accounts: Accounts,
+    settings: Callable[[], Settings],
+    metrics: Metrics,
+    clock: Callable[[], float],
+    now_s: Callable[[], float],
+    new_id: Callable[[], str],
+    write_timeout_s: float,
+) -> Surfaces:
+    """Every surface. `clock` is monotonic; `now_s` answers seconds since 1970."""
+    serving = Serving(
+        llm=balancer,
+        balancer=balancer,
+        orchestration=orchestration,
+        accounts=accounts,
+        settings=settings,
+        observe=metrics.served,
+        price=balancer.cost_usd,
+        clock=clock,
+        new_id=new_id,
+    )
+    embeddings = Embeddings(
+        engine=balancer,
+        balancer=balancer,
+        route=serving.route,
+        accounts=accounts,
+        observe=metrics.served,
+        price=balancer.cost_usd,
+        clock=clock,
+        new_id=new_id,
+    )
+    chat = OpenAIRoutes(serving=serving, settings=settings, now_s=now_s, write_timeout_s=write_timeout_s)
+    responses = ResponsesRoutes(
+        serving=serving, settings=settings, new_id=new_id, now_s=now_s, write_timeout_s=write_timeout_s
+    )
+    messages = AnthropicApi(serving, settings=settings, write_timeout_s=write_timeout_s)
+    return Surfaces(
+        serving=serving,
+        handlers=[
+            *chat.handlers(),
+            *responses.handlers(),
+            *EmbeddingsRoutes(embeddings, settings=settings).handlers(),
+            *messages.handlers(),
+        ],
+        refused=refused({"/v1": openai_form, "/v1/messages": anthropic_form(new_id)}),
+    )
