@@ -10,6 +10,7 @@ import msgspec
 from litestar import Request, Response, post
 from litestar.handlers import HTTPRouteHandler
 
+from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.api_schemas import JSON
 from ai_agent_server.core.chat import ChatUsage, RouteHints
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
@@ -183,8 +184,8 @@ class Embeddings:
 class EmbeddingsRoutes:
     """The route."""
 
-    def __init__(self, embeddings: Embeddings, *, max_body_bytes: Callable[[], int]) -> None:
-        self._embeddings, self._max_body_bytes = embeddings, max_body_bytes
+    def __init__(self, embeddings: Embeddings, *, settings: Callable[[], Settings]) -> None:
+        self._embeddings, self._settings = embeddings, settings
 
     def handlers(self) -> list[HTTPRouteHandler]:
         """The route."""
@@ -192,7 +193,8 @@ class EmbeddingsRoutes:
 
     async def create(self, request: AnyRequest) -> Response[bytes]:
         """The vectors of the inputs."""
-        draft = _decoded(await read_body(request, self._max_body_bytes()))
+        limit_bytes = int(self._settings().server.max_body_mb * 1024 * 1024)
+        draft = _decoded(await read_body(request, limit_bytes))
         return await while_there(request, self._answer(draft, caller_of(request.scope)))
 
     async def _answer(self, draft: EmbeddingsDraft, caller: Caller) -> Response[bytes]:

@@ -9,6 +9,7 @@ import structlog
 from litestar import Request, Response, post
 from litestar.handlers import HTTPRouteHandler
 
+from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.api_schemas import JSON
 from ai_agent_server.core.event_stream import ClientLeftError, EventStream, WhileConnected
 from ai_agent_server.core.request_body import read_body
@@ -34,16 +35,16 @@ class ResponsesRoutes:
 
     def __init__(
         self,
-        serving: Serving,
         *,
-        max_body_bytes: Callable[[], int],
+        serving: Serving,
+        settings: Callable[[], Settings],
         new_id: Callable[[], str],
-        now: Callable[[], float],
+        now_s: Callable[[], float],
         write_timeout_s: float,
     ) -> None:
-        """`now` answers seconds since 1970."""
-        self._serving, self._max_body_bytes = serving, max_body_bytes
-        self._new_id, self._now, self._write_timeout_s = new_id, now, write_timeout_s
+        """`now_s` answers seconds since 1970."""
+        self._serving, self._settings = serving, settings
+        self._new_id, self._now_s, self._write_timeout_s = new_id, now_s, write_timeout_s
 
     def handlers(self) -> list[HTTPRouteHandler]:
         """The route."""
@@ -52,7 +53,8 @@ class ResponsesRoutes:
     async def create(self, request: AnyRequest) -> Any:
         """Answer what `input` says, whole or as events."""
         started_s = self._serving.now_s()
-        draft = decode(await read_body(request, self._max_body_bytes()))
+        limit_bytes = int(self._settings().server.max_body_mb * 1024 * 1024)
+        draft = decode(await read_body(request, limit_bytes))
         asked = translate(draft)
         serve = self._serving.open if draft.stream else self._serving.whole
         try:
@@ -68,7 +70,7 @@ class ResponsesRoutes:
                 )
         except ClientLeftError:
             return Response(b"", status_code=NO_LONGER_READ, media_type=JSON)
-        answer = Answer(draft, asked, model=lambda: served.model, new_id=self._new_id, now=self._now)
+        answer = Answer(draft, asked, model=lambda: served.model, new_id=self._new_id, now=self._now_s)
         if isinstance(served, Opened):
             return EventStream(
                 _frames(served, answer),
