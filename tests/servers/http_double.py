@@ -45,8 +45,10 @@ class HTTPDouble:
     `writing` is how many answers are being written now.
     """
 
-    def __init__(self, *, reply: str = "The answer is 42, of course.", piece_s: float = 0.0) -> None:
-        self.reply, self.piece_s = reply, piece_s
+    def __init__(
+        self, *, reply: str = "The answer is 42, of course.", piece_s: float = 0.0, port: int = 0
+    ) -> None:
+        self.reply, self.piece_s, self.port = reply, piece_s, port
         self.fault: Fault | None = None
         self.api_key: str | None = None
         self.redirect_to = ""
@@ -66,8 +68,8 @@ class HTTPDouble:
         return [request.path for request in self.requests]
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *exc: object) -> None:

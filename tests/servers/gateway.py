@@ -1,0 +1,109 @@
+"""The gateway as clients meet it: a real server process in front of doubles of model servers."""
+
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.servers.openai_double import OpenAIDouble
+from tests.servers.process import SCRIPT, ServerProcess, packaged
+
+TIMEOUTS = {"connect_s": 2, "first_token_s": 3, "idle_s": 1}
+
+
+class Gateway:
+    """A server with the LLMs `first` (small) and `second` (main), each a double that listens in a test.
+
+    `first` can see; `second` stands in for nobody. The role `desk/clerk` is a scripted LLM's.
+    """
+
+    def __init__(self, process: ServerProcess, ports: tuple[int, int]) -> None:
+        self.process, self.ports = process, ports
+
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        return self.process.url
+
+    @asynccontextmanager
+    async def doubles(self) -> AsyncIterator[tuple[OpenAIDouble, OpenAIDouble]]:
+        """The two model servers, up for as long as the body."""
+        first, second = (OpenAIDouble(port=port) for port in self.ports)
+        async with first, second:
+            yield first, second
+
+
+def configuration(ports: tuple[int, int], **gateway: Any) -> dict[str, Any]:
+    """A configuration whose LLMs are at `ports`."""
+
+    def llm(port: int, tier: str, *capabilities: str) -> dict[str, Any]:
+        return {
+            "engine": "api.openai",
+            "model": "double-1",
+            "source": "local",
+            "tier": tier,
+            "context": 8192,
+            "slots": 4,
+            "capabilities": ["chat", "json_schema", "tools", *capabilities],
+            "timeouts": TIMEOUTS,
+            "options": {"base_url": f"http://127.0.0.1:{port}/v1"},
+        }
+
+    script = {
+        **SCRIPT,
+        "tier": "small",
+        "toggle": True,
+        "options": {"replies": [{"when": "slowly", "say": ["late"]}, "the clerk's answer"]},
+    }
+    return packaged(
+        llms={
+            "first": llm(ports[0], "small", "vision"),
+            "second": llm(ports[1], "main"),
+            "script": {
+                **script,
+                "capabilities": ["chat", "json_schema"],
+                "cost_per_million_input_usd": 999999.0,
+            },
+        },
+        profiles={
+            "desk": {
+                "roles": {
+                    "clerk": {"prompt": "clerk.md", "llm": "script", "description": "Answers."},
+                },
+                "payload_schema": {
+                    "type": "object",
+                    "properties": {"task": {"type": "string"}, "context": {"type": "string"}},
+                    "required": ["task"],
+                    "additionalProperties": False,
+                },
+            }
+        },
+        balancer={
+            "circuit": {"failures": 1_000_000, "cooldown_s": 1},
+            "retry": {"attempts": 1, "backoff_s": 0.01},
+            "max_wait_s": 5,
+        },
+        messaging={"enabled": False},
+        gateway=gateway,
+    )
+
+
+@asynccontextmanager
+async def running(folder: Path, **gateway: Any) -> AsyncIterator[Gateway]:
+    """The server, from its start to its end."""
+    ports = free_port(), free_port()
+    (folder / "clerk.md").write_text("You are a clerk.")
+    config = folder / "configuration.json"
+    config.write_text(json.dumps(configuration(ports, **gateway)))
+    async with ServerProcess(folder / "state", config) as process:
+        yield Gateway(process, ports)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
