@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from ai_agent_server.channels.base import Channel
 from ai_agent_server.channels.memory_channel import MemoryChannel
 from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.config import settings as configuration
-from ai_agent_server.config.settings import API_KEY, Settings
+from ai_agent_server.config.settings import Settings
 from ai_agent_server.config.toggles import Toggles
 from ai_agent_server.core.api_handler import create_app
 from ai_agent_server.core.chat import JSONObject
@@ -31,6 +32,8 @@ from ai_agent_server.core.packet_json import json_pointer
 from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
 from ai_agent_server.discovery import implementation
 from ai_agent_server.errors import ConfigurationError, StoreUnusableError
+from ai_agent_server.gateway._cors import Cors
+from ai_agent_server.gateway.door import Door
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 from ai_agent_server.sandbox._choose import choose_sandbox
 from ai_agent_server.sandbox.base import SandboxProbe
@@ -89,6 +92,7 @@ class Server:
         toggles: Toggles,
         store_watch: StoreWatch,
         messages: McpHandler,
+        door: Door,
         sandbox_probe: SandboxProbe,
         gpu: str,
     ) -> None:
@@ -97,6 +101,7 @@ class Server:
         self.store, self.balancer, self.engine = store, balancer, engine
         self._config, self._environ, self._toggles = config, environ, toggles
         self._store_watch, self._messages = store_watch, messages
+        self._door = door
         self._sandbox_probe = sandbox_probe
         self._gpu = gpu
         self._reloading = asyncio.Lock()
@@ -114,11 +119,13 @@ class Server:
             strategy, profiles = await asyncio.to_thread(
                 lambda: (strategy_for(new), profiles_for(new, self._config.parent if self._config else None))
             )
+            access = await self._door.prepared(new)
             configured = _toggles(new)
             # Nothing is awaited from here until all of it counts: no task starts between the halves.
             members = members_for(new, self._toggles.over(configured), self._environ)
             self.balancer.replace(members, settings=new.balancer, strategy=strategy)
             self.engine.configure(profiles)
+            self._door.go_by(new, access)
             self.settings = new
             await self._toggles.forget(configured)
             changed = tuple(sorted(_differences(msgspec.to_builtins(old), msgspec.to_builtins(new))))
@@ -220,8 +227,18 @@ async def running(
     strategy = strategy_for(settings)
     await asyncio.to_thread(_make_folder, state_dir)
     async with AsyncExitStack() as stack:
+        door = await asyncio.to_thread(
+            Door,
+            settings,
+            environ=environ,
+            state_dir=state_dir,
+            clock=asyncio.get_running_loop().time,
+            now=time.time,
+        )
         await store.open()
         stack.push_async_callback(store.aclose)
+        # Closed after everything that uses: what is used up to the end is kept.
+        await stack.enter_async_context(door)
         toggles = await asyncio.to_thread(Toggles, state_dir / "llm_toggles.json")
         await toggles.forget(_toggles(settings))
         balancer = BalancedEngine(
@@ -288,6 +305,7 @@ async def running(
             toggles=toggles,
             store_watch=store_watch,
             messages=handler,
+            door=door,
             sandbox_probe=probe,
             gpu=gpu,
         )
@@ -302,17 +320,20 @@ async def running(
             stack.push_async_callback(_stopped, watch)
         yield (
             server,
-            create_app(
-                engine=engine,
-                balancer=balancer,
-                settings=lambda: server.settings,
-                health=server.health,
-                metrics=metrics,
-                reload=server.reload,
-                task_file=store.location,
-                version=__version__,
-                api_key=environ.get(API_KEY) or None,
-                environ=environ,
+            Cors(
+                create_app(
+                    engine=engine,
+                    balancer=balancer,
+                    settings=lambda: server.settings,
+                    health=server.health,
+                    metrics=metrics,
+                    reload=server.reload,
+                    task_file=store.location,
+                    version=__version__,
+                    guard=door.guard,
+                    environ=environ,
+                ),
+                origins=door.origins,
             ),
         )
 

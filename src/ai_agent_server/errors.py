@@ -14,6 +14,7 @@ AgentServerError
 ├── AccessError                 the caller may not, or not now (headers: what an HTTP answer tells beside it)
 │   ├── KeyNeededError          no key, or one that nobody knows
 │   ├── ScopeError              the key is not for this
+│   ├── ForeignPageError        a web page from elsewhere, where no key is asked for
 │   └── LimitExceededError      the caller's share is used up (retry_after_s, unit, is_quota)
 ├── TaskStateError              what a task's file says forbids this
 │   ├── TaskNotFoundError
@@ -157,6 +158,13 @@ class KeyNeededError(AccessError):
 
 class ScopeError(AccessError):
     """The key is good, but not for this."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem, headers={"x-should-retry": "false"})
+
+
+class ForeignPageError(AccessError):
+    """A web page from elsewhere asks a server that lets in whoever is on its machine."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem, headers={"x-should-retry": "false"})

@@ -2,22 +2,25 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 import uvicorn
 from litestar import Litestar
 
 from ai_agent_server.channels.base import ChannelHealth
-from ai_agent_server.config.settings import Settings, load
+from ai_agent_server.config.settings import API_KEY, Settings, load
 from ai_agent_server.core.api_handler import create_app
 from ai_agent_server.core.chat import Candidate, Decision
 from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
 from ai_agent_server.core.task_packet import TaskStatus
 from ai_agent_server.errors import ConfigurationError, UnknownLLMError
+from ai_agent_server.gateway.door import Door
 from ai_agent_server.load_balancer.base import LLMView, Requirements
 from ai_agent_server.tasks_state.base import StoreHealth
 from tests.servers.orchestration_double import OrchestrationDouble
@@ -74,6 +77,14 @@ class Parts:
             store=lambda: StoreHealth(kind="memory", ok=True),
         )
         self.engine.observe(self.metrics.observe)
+        # It keeps nothing here: nobody enters it.
+        self.door = Door(
+            self.settings,
+            environ={API_KEY: api_key} if api_key else {},
+            state_dir=Path("/nowhere"),
+            clock=time.monotonic,
+            now=time.time,
+        )
         self.app = create_app(
             engine=self.engine,
             balancer=self.balancer,
@@ -83,7 +94,7 @@ class Parts:
             reload=self.reload,
             task_file=lambda task_id: f"/état/{task_id}.json",
             version="0",
-            api_key=api_key,
+            guard=self.door.guard,
             environ=environ,
             keep_alive_s=keep_alive_s,
             write_timeout_s=write_timeout_s,

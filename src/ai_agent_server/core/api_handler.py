@@ -1,7 +1,6 @@
 """The REST API: routes, authentication, problem details, event streams. It decides nothing about tasks."""
 
 import asyncio
-import hmac
 import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -11,16 +10,12 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 import structlog
 from litestar import Litestar, Request, Response, delete, get, patch, post, route
-from litestar.connection import ASGIConnection
 from litestar.enums import MediaType
-from litestar.exceptions import (
-    HTTPException,
-    NotAuthorizedException,
-    PermissionDeniedException,
-)
-from litestar.handlers import ASGIRouteHandler, BaseRouteHandler, HTTPRouteHandler
+from litestar.exceptions import HTTPException
+from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
 from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
+from litestar.types import Guard
 from msgspec import UNSET
 
 from ai_agent_server.config.settings import LLMSettings, RoleSettings, Settings, json_schema, secret
@@ -63,6 +58,7 @@ from ai_agent_server.core.task_packet import (
     is_task_id,
 )
 from ai_agent_server.errors import (
+    AccessError,
     AgentServerError,
     InvalidPacketError,
     TaskNotFoundError,
@@ -70,7 +66,6 @@ from ai_agent_server.errors import (
     UnknownRoleError,
 )
 from ai_agent_server.load_balancer.base import LLMView
-from ai_agent_server.loopback import is_loopback_url
 
 log = structlog.get_logger(__name__)
 
@@ -100,7 +95,7 @@ def create_app(
     reload: Callable[[], Awaitable[ReloadReport]],
     task_file: Callable[[str], str],
     version: str,
-    api_key: str | None = None,
+    guard: Guard,
     environ: Mapping[str, str] | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
     write_timeout_s: float = WRITE_TIMEOUT_S,
@@ -111,7 +106,7 @@ def create_app(
 
     `settings` answers the configuration in force, `task_file` where a person finds a task's state.
     `environ` is where the keys of LLMs are looked for, to say whether they are set.
-    With an `api_key` every route but health asks for it. `reload` raises `ConfigurationError` and
+    `guard` lets a request in or raises an `AccessError`. `reload` raises `ConfigurationError` and
     then has changed nothing. `more` are other surfaces' routes; `refused` answers an error in the form
     of such a surface, or None where the path is none of theirs.
     """
@@ -142,7 +137,7 @@ def create_app(
     return Litestar(
         # Litestar's own OPTIONS of a path knows the first method that was registered there, and only it.
         route_handlers=[*_options(handlers), *handlers],
-        guards=[_refuse_foreign_page if api_key is None else _key_guard(api_key)],
+        guards=[guard],
         exception_handlers={
             AgentServerError: in_form(_on_our_error),
             HTTPException: in_form(_on_refusal),
@@ -180,7 +175,7 @@ class TaskRoutes:
             get("/api/v1/tasks")(self.list),
             get("/api/v1/tasks/{task_id:str}")(self.read),
             delete("/api/v1/tasks/{task_id:str}", status_code=204)(self.delete),
-            post("/api/v1/tasks/{task_id:str}/cancel")(self.cancel),
+            post("/api/v1/tasks/{task_id:str}/cancel", opt={"counted": False})(self.cancel),
             post("/api/v1/tasks/{task_id:str}/feedback")(self.feedback),
             get("/api/v1/tasks/{task_id:str}/events")(self.events),
         ]
@@ -306,9 +301,9 @@ class ServerRoutes:
         return [
             get("/api/v1/profiles")(self.profiles),
             get("/api/v1/llms")(self.llms),
-            patch("/api/v1/llms/{name:str}")(self.set_toggle),
-            post("/api/v1/load-balancer/explain")(self.explain),
-            post("/api/v1/config/reload")(self.reload),
+            patch("/api/v1/llms/{name:str}", opt={"scope": "admin"})(self.set_toggle),
+            post("/api/v1/load-balancer/explain", opt={"counted": False})(self.explain),
+            post("/api/v1/config/reload", opt={"scope": "admin"})(self.reload),
             get("/api/v1/metrics")(self.metrics),
             get("/metrics")(self.prometheus),
             route(["/health", "/api/v1/health"], http_method=["GET", "HEAD"], opt={"public": True})(
@@ -458,38 +453,6 @@ def _options(handlers: Sequence[HTTPRouteHandler | ASGIRouteHandler]) -> list[HT
     ]
 
 
-def _key_guard(api_key: str) -> Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], None]:
-    expected = api_key.encode()
-
-    def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-        if handler.opt.get("public"):
-            return
-        scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else connection.headers.get("x-api-key", "")
-        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), expected):
-            raise NotAuthorizedException(
-                "send the server's API key as `Authorization: Bearer KEY` or as `x-api-key`",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-
-    return guard
-
-
-def _refuse_foreign_page(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-    """Without a key, a page that the user's browser has open elsewhere must neither give work nor read.
-
-    Its `Origin` betrays it; where its name was made to point here (DNS rebinding), its `Host` does.
-    """
-    origin = connection.headers.get("origin")
-    host = connection.headers.get("host")
-    if (origin is not None and not is_loopback_url(origin)) or (
-        host and not is_loopback_url(f"http://{host}")
-    ):
-        raise PermissionDeniedException(
-            "a page from elsewhere may not use a server that asks for no API key; start it with one"
-        )
-
-
 def _query(request: AnyRequest, kind: type[T]) -> T:
     try:
         return decode_query(request.query_params.multi_items(), kind)
@@ -637,7 +600,7 @@ def _on_our_error(request: AnyRequest, exc: AgentServerError) -> Response[bytes]
     answer = problem(exc, request.scope["path"])
     if answer.status == INTERNAL.status:
         return _on_failure(request, exc)
-    headers = {}
+    headers = dict(exc.headers) if isinstance(exc, AccessError) else {}
     if answer.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(answer.retry_after_s)))
     return _problem(answer, headers)

@@ -498,9 +498,11 @@ def operations() -> tuple[Operation, ...]:
 
 def problem_kinds(operation: Operation) -> dict[int, list[ProblemKind]]:
     """What can go wrong in `operation`, by status."""
-    kinds = [REFUSALS[400], REFUSALS[403]]
+    kinds = [REFUSALS[400], problem_kind(errors.ForeignPageError)]
     if not operation.is_public:
-        kinds.append(REFUSALS[401])
+        kinds.extend((problem_kind(errors.KeyNeededError), problem_kind(errors.ScopeError)))
+    if operation.method == "post":
+        kinds.append(problem_kind(errors.LimitExceededError))
     kinds.extend(problem_kind(cls) for cls in operation.problems)
     if operation.body is not None:
         kinds.extend((REFUSALS[413], REFUSALS[415]))
@@ -519,6 +521,15 @@ def problem_examples() -> dict[str, Problem]:
     task, path = f"/api/v1/tasks/{TASK_ID}", "/api/v1/developer/planner"
     tool = "/mcp/tools/extract"
     ours: tuple[tuple[errors.AgentServerError, str], ...] = (
+        (errors.KeyNeededError("send a key of this server as `Authorization: Bearer KEY` or as `x-api-key`"),
+         path),
+        (errors.ScopeError("the key 'laptop' is not for this: it needs the scope 'admin' and has chat"),
+         "/api/v1/config/reload"),
+        (errors.ForeignPageError("a page from elsewhere may not use a server that asks for no API key; start "
+                                 "it with one"), path),
+        (errors.LimitExceededError("the key 'laptop' may use 60 requests in 60 s: 60 are used, this asks for "
+                                   "1; try again in 12 s", unit="requests", retry_after_s=12.0,
+                                   is_quota=False, headers={}), path),
         (errors.UnknownRoleError("role", "plannr", ("planner", "qa")), "/api/v1/developer/plannr"),
         (errors.UnknownLLMError("embeded", ("embedded", "hosted")), "/api/v1/llms/embeded"),
         (errors.UnknownToolError("clasify", ("classify", "extract")), "/mcp/tools/clasify"),
@@ -547,8 +558,6 @@ def problem_examples() -> dict[str, Problem]:
     examples = {problem_kind(type(exc)).slug: problem(exc, instance) for exc, instance in ours}
     for status, detail in (
         (400, "Invalid host header"),
-        (401, "send the server's API key as `Authorization: Bearer KEY` or as `x-api-key`"),
-        (403, "a page from elsewhere may not use a server that asks for no API key; start it with one"),
         (404, "Not Found"),
         (405, "Method Not Allowed"),
         (413, "the body may have 8388608 bytes (server.max_body_mb)"),

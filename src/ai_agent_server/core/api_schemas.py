@@ -67,6 +67,10 @@ class BadParameterError(errors.InvalidPacketError):
 INTERNAL = ProblemKind("internal", 500, "The server failed")
 
 PROBLEMS: dict[type[errors.AgentServerError], ProblemKind] = {
+    errors.KeyNeededError: ProblemKind("key-needed", 401, "An API key is needed"),
+    errors.ScopeError: ProblemKind("wrong-scope", 403, "The key is not for this"),
+    errors.ForeignPageError: ProblemKind("foreign-page", 403, "A page from elsewhere may not ask"),
+    errors.LimitExceededError: ProblemKind("limit-reached", 429, "The caller's share is used up"),
     errors.UnknownRoleError: ProblemKind("unknown-role", 404, "No such profile or role"),
     errors.UnknownLLMError: ProblemKind("unknown-llm", 404, "No such LLM"),
     errors.UnknownToolError: ProblemKind("unknown-tool", 404, "No such tool"),
@@ -94,8 +98,6 @@ PROBLEMS: dict[type[errors.AgentServerError], ProblemKind] = {
 
 REFUSALS: dict[int, ProblemKind] = {
     400: ProblemKind("bad-request", 400, "The request is wrong"),
-    401: ProblemKind("key-needed", 401, "An API key is needed"),
-    403: ProblemKind("foreign-page", 403, "A page from elsewhere may not ask"),
     404: ProblemKind("no-such-route", 404, "Nothing is here"),
     405: ProblemKind("method-not-allowed", 405, "The method is not allowed here"),
     413: ProblemKind("body-too-large", 413, "The body is too large"),
