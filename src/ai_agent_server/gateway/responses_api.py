@@ -6,8 +6,9 @@ from typing import Any, TypeAlias
 
 import msgspec
 import structlog
-from litestar import Request, Response, post
+from litestar import Request, post
 from litestar.handlers import HTTPRouteHandler
+from litestar.response.base import ASGIResponse
 
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.api_schemas import JSON
@@ -50,7 +51,7 @@ class ResponsesRoutes:
         """The route."""
         return [post("/v1/responses", status_code=200)(self.create)]
 
-    async def create(self, request: AnyRequest) -> Any:
+    async def create(self, request: AnyRequest) -> ASGIResponse:
         """Answer what `input` says, whole or as events."""
         started_s = self._serving.now_s()
         limit_bytes = int(self._settings().server.max_body_mb * 1024 * 1024)
@@ -69,7 +70,7 @@ class ResponsesRoutes:
                     idempotency_key=request.headers.get("idempotency-key"),
                 )
         except ClientLeftError:
-            return Response(b"", status_code=NO_LONGER_READ, media_type=JSON)
+            return ASGIResponse(status_code=NO_LONGER_READ, media_type=JSON)
         answer = Answer(draft, asked, model=lambda: served.model, new_id=self._new_id, now=self._now_s)
         if isinstance(served, Opened):
             return EventStream(
@@ -80,7 +81,7 @@ class ResponsesRoutes:
                 aclose=served.aclose,
             )
         response = answer.whole(served.reply)
-        return Response(msgspec.json.encode(response), media_type=JSON, headers=served.headers)
+        return ASGIResponse(body=msgspec.json.encode(response), media_type=JSON, headers=served.headers)
 
 
 async def _frames(opened: Opened, answer: Answer) -> AsyncGenerator[bytes]:
