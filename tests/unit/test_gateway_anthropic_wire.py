@@ -228,6 +228,22 @@ def test_the_tools_are_those_that_can_be_called_here_and_now() -> None:
     assert "late" in request.messages[2].text
 
 
+def test_tools_come_and_go_in_mid_conversation() -> None:
+    def change(kind: str, **named: Any) -> dict[str, Any]:
+        block = {"type": f"tool_{kind}", "tool": {"type": "tool_reference", **named}}
+        return {"role": "system", "content": [block]}
+
+    tools = [tool("read"), tool("late", defer_loading=True)]
+    turns = ["Go.", change("addition", name="late"), change("addition", definition=tool("new"))]
+    assert [found.name for found in read(body(*turns, tools=tools)).tools] == ["read", "late", "new"]
+    turns += [assistant(text("Ok.")), change("removal", name="read"), change("removal", name="never")]
+    request = read(body(*turns, tools=tools))
+    assert [found.name for found in request.tools] == ["late", "new"]
+    assert said(request.messages) == [("user", "Go."), ("assistant", "Ok.")]
+    wrong = body("Go.", change("addition", definition={"name": "x", "input_schema": 5}))
+    assert refusal(wrong).pointer == "/messages/1/content/0/tool/definition/input_schema"
+
+
 @pytest.mark.parametrize(
     ("choice", "called", "names"),
     [

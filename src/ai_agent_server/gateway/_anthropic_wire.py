@@ -79,6 +79,7 @@ class _Block(msgspec.Struct, frozen=True, kw_only=True):
     input: msgspec.Raw = msgspec.Raw(b"{}")
     content: msgspec.Raw = msgspec.Raw(b'""')
     source: msgspec.Raw = msgspec.Raw(b"{}")
+    tool: msgspec.Raw = msgspec.Raw(b"{}")
 
 
 class _Turn(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +93,13 @@ class _ToolDraft(msgspec.Struct, frozen=True, kw_only=True):
     description: str | None = None
     input_schema: msgspec.Raw = msgspec.Raw(b"{}")
     defer_loading: bool | None = None
+
+
+class _NamedTool(msgspec.Struct, frozen=True, kw_only=True):
+    """In a block that adds a tool in mid-conversation, or takes it away: by its name, or whole."""
+
+    name: str = ""
+    definition: _ToolDraft | None = None
 
 
 class _ToolChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,6 +154,7 @@ _messages = msgspec.json.Decoder(MessagesDraft)
 _token_counts = msgspec.json.Decoder(TokenCountDraft)
 _sources = msgspec.json.Decoder(_Source)
 _contents = msgspec.json.Decoder(str | tuple[_Block, ...])
+_named_tools = msgspec.json.Decoder(_NamedTool)
 _objects = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -198,33 +207,51 @@ def _choice(choice: _ToolChoice | None, tools: tuple[Tool, ...]) -> Literal["aut
 def _tools(draft: TokenCountDraft) -> tuple[Tool, ...]:
     """The tools that the LLM may call now.
 
-    Those that Anthropic's own servers run (they have a `type`) are none of ours. One that is deferred
-    is shown once a `tool_reference` in the conversation names it.
+    Those that Anthropic's own servers run (they have a `type`) are none of ours. A deferred one is shown
+    once the conversation refers to it, and messages may add tools and take them away.
     """
-    found = []
-    named = _referenced(draft)
-    for at, tool in enumerate(draft.tools or ()):
-        if tool.type not in {None, "custom"}:
-            continue
-        if not tool.name:
-            raise _wrong("Field required", "tools", at, "name")
-        if tool.defer_loading and tool.name not in named:
-            continue
-        parameters = _object(tool.input_schema, "tools", at, "input_schema")
-        found.append(Tool(name=tool.name, description=tool.description or "", parameters=parameters))
-    return tuple(found)
+    given = {
+        draft_of.name: tool
+        for at, draft_of in enumerate(draft.tools or ())
+        if (tool := _tool(draft_of, "tools", at)) is not None
+    }
+    late = {tool.name for tool in draft.tools or () if tool.defer_loading}
+    shown = {name: tool for name, tool in given.items() if name not in late}
+    if draft.tool_choice is not None and draft.tool_choice.name in given:
+        shown[draft.tool_choice.name] = given[draft.tool_choice.name]
+    for at, turn in enumerate(draft.messages):
+        for index, block in enumerate(turn.content if isinstance(turn.content, tuple) else ()):
+            here = ("messages", at, "content", index)
+            match block.type:
+                case "tool_result" if late:
+                    shown |= {name: given[name] for name in _referred(block, here) if name in given}
+                case "tool_addition":
+                    named = _at(_named_tools, block.tool, *here, "tool")
+                    added = _tool(named.definition, *here, "tool", "definition") if named.definition else None
+                    added = added or given.get(named.name)
+                    shown |= {added.name: added} if added is not None else {}
+                case "tool_removal":
+                    shown.pop(_at(_named_tools, block.tool, *here, "tool").name, None)
+                case _:
+                    pass
+    return tuple(shown.values())
 
 
-def _referenced(draft: TokenCountDraft) -> frozenset[str]:
-    if not any(tool.defer_loading for tool in draft.tools or ()):
-        return frozenset()
-    names = {draft.tool_choice.name} if draft.tool_choice is not None else set()
-    for turn in draft.messages:
-        for block in turn.content if isinstance(turn.content, tuple) else ():
-            if block.type == "tool_result" and b"tool_reference" in bytes(block.content):
-                pieces = _decoded(_contents, bytes(block.content))
-                names |= {piece.tool_name or "" for piece in pieces if isinstance(piece, _Block)}
-    return frozenset(names)
+def _tool(draft: _ToolDraft, *path: str | int) -> Tool | None:
+    if draft.type not in {None, "custom"}:
+        return None
+    if not draft.name:
+        raise _wrong("'name' is missing", *path, "name")
+    parameters = _object(draft.input_schema, *path, "input_schema")
+    return Tool(name=draft.name, description=draft.description or "", parameters=parameters)
+
+
+def _referred(block: _Block, here: tuple[str | int, ...]) -> Iterator[str]:
+    """The tools that a search brought."""
+    if b"tool_reference" in bytes(block.content):
+        for piece in _at(_contents, block.content, *here, "content"):
+            if isinstance(piece, _Block) and piece.tool_name is not None:
+                yield piece.tool_name
 
 
 def _schema(draft: TokenCountDraft) -> JSONObject | None:
@@ -390,7 +417,7 @@ def _text(text: str) -> tuple[TextPart, ...]:
 
 def _required(value: str | None, *path: str | int) -> str:
     if value is None:
-        raise _wrong("Field required", *path)
+        raise _wrong(f"{path[-1]!r} is missing", *path)
     return value
 
 
