@@ -24,6 +24,19 @@ USER = {"role": "user", "content": "hello"}
 LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 FIND = {"type": "function", "function": {"name": "find", "description": "Finds."}}
 PNG = "data:image/png;base64,iVBORw0KGgo="
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": fields}]}
 
 
 def asked(**body: Any) -> wire.Asked:
@@ -34,8 +47,8 @@ def test_messages_of_every_role_are_read() -> None:
     request = asked(
         messages=[
             {"role": "developer", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image_url", "image_url": {"url": PNG}}]},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]},
+            {"role": "user", "content": [{"type": "text", "text": "See"}, image(PNG)]},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
             {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "nothing"}]},
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
             {"role": "system", "content": "Go on.", "name": "host"},
@@ -126,12 +139,15 @@ def nested(levels: int) -> Any:
         ({"messages": [{"role": "robot", "content": "hello"}]}, "/messages/0/role"),
         ({"messages": [USER, {"role": "user"}]}, "/messages/1/content"),
         ({"messages": [{"role": "user", "content": 7}]}, "/messages/0/content"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "/messages/0/content/0/text"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "/messages/0/content/0/type"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]}, "/messages/0/content/0/image_url/url"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:text/html;base64,AAAA"}}]}]}, "/messages/0/content/0/image_url/url"),
+        (user({"type": "text"}), "/messages/0/content/0/text"),
+        (user({"type": "input_audio"}), "/messages/0/content/0/type"),
+        (user(image("https://x/y.png")), "/messages/0/content/0/image_url/url"),
+        (user(image("data:text/html;base64,AAAA")), "/messages/0/content/0/image_url/url"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "/messages/0/tool_call_id"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "/messages/0/tool_calls/0/function"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
+            "/messages/0/tool_calls/0/function",
+        ),
         ({"model": ""}, "/model"),
         ({"model": None}, "/model"),
         ({"n": 2}, "/n"),
@@ -148,9 +164,9 @@ def nested(levels: int) -> Any:
         ({"stream": "yes"}, "/stream"),
         ({"tools": [LOOK], "tool_choice": "maybe"}, "/tool_choice"),
         ({"tool_choice": "required"}, "/tool_choice"),
-        ({"tools": [LOOK], "tool_choice": {"type": "function", "function": {"name": "find"}}}, "/tool_choice/function/name"),
-        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "/tools/0/function/name"),
-        ({"tools": [{"type": "function", "function": {"name": "x", "parameters": nested(100)}}]}, "/tools/0/function/parameters"),
+        ({"tools": [LOOK], "tool_choice": FIND}, "/tool_choice/function/name"),
+        (function(name=""), "/tools/0/function/name"),
+        (function(name="x", parameters=nested(100)), "/tools/0/function/parameters"),
         ({"response_format": {"type": "xml"}}, "/response_format/type"),
         ({"response_format": {"type": "json_schema"}}, "/response_format/json_schema"),
     ],
