@@ -196,7 +196,7 @@ async def test_no_server_is_exit_code_3_and_what_to_do(tmp_path: Path) -> None:
 async def test_help_needs_no_heavy_import(tmp_path: Path) -> None:
     ran = await cli("--help", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert ran.code == 0
-    for command in ("serve", "init", "run", "submit", "watch", "tasks", "llms", "doctor", "demo"):
+    for command in ("serve", "init", "run", "submit", "watch", "tasks", "keys", "llms", "doctor", "demo"):
         assert f" {command} " in ran.out
     for heavy in ("litestar", "httpx", "openai", "nats", "jsonschema"):
         assert not re.search(rf"\| +{heavy}$", ran.errors, re.MULTILINE), f"--help imports {heavy}"

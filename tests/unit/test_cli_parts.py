@@ -57,11 +57,11 @@ def test_bytes_that_are_no_text_are_refused_before_anything_is_sent() -> None:
 
 def test_nothing_beyond_this_machine_without_a_key() -> None:
     for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
-        check_binding(host, None)
-    check_binding("0.0.0.0", "key")
+        check_binding(host, has_key=False)
+    check_binding("0.0.0.0", has_key=True)
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
         with pytest.raises(ConfigurationError, match="a key is needed"):
-            check_binding(host, None)
+            check_binding(host, has_key=False)
 
 
 def test_the_state_folder_follows_the_base_directory_specification() -> None:

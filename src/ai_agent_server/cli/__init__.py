@@ -64,6 +64,7 @@ for _name, _path, _help in (
     ("watch", "tasks:watch", "Follow a task to its end."),
     ("tasks", "tasks:tasks", "List tasks; show, cancel, delete one, or send feedback."),
     ("mcp", "mcp:mcp", "Speak the Model Context Protocol on standard input and output."),
+    ("keys", "keys:keys", "List the keys that clients show; make one, revoke one."),
     ("llms", "llms:llms", "List LLMs; switch one on or off; explain a choice."),
 ):
     app.command(f"ai_agent_server.cli.{_path}", name=_name, help=_help)

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.types import UInt16
 
-from ai_agent_server.config.settings import API_KEY, environment
+from ai_agent_server.config.settings import API_KEY, environment, load
 from ai_agent_server.errors import ConfigurationError
 from ai_agent_server.loopback import is_loopback
 
@@ -25,15 +25,25 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
     return root / "ai-agent-server"
 
 
-def check_binding(host: str, api_key: str | None) -> None:
+def check_binding(host: str, *, has_key: bool) -> None:
     """Refuse to listen beyond this machine without a key. Raises `ConfigurationError`."""
-    if api_key or is_loopback(host):
+    if has_key or is_loopback(host):
         return
     raise ConfigurationError(
-        f"{host} can be reached from other machines, so a key is needed: set {API_KEY} (in the "
-        f"environment or in .env), or listen on {DEFAULT_HOST}",
+        f"{host} can be reached from other machines, so a key is needed: make one (ai-agent-server keys new "
+        f"NAME), or set {API_KEY} (in the environment or in .env), or listen on {DEFAULT_HOST}",
         source="--host",
     )
+
+
+def _has_key(config: Path | None, state_dir: Path, environ: Mapping[str, str]) -> bool:
+    """Whether there is any key that a client could show."""
+    if environ.get(API_KEY):
+        return True
+    from ai_agent_server.gateway.keys import key_ring, keys_path, read_kept  # noqa: PLC0415 - seldom needed
+
+    settings = load(config)
+    return len(key_ring(settings, environ, read_kept(keys_path(settings, state_dir)))) > 0
 
 
 def serve(
@@ -52,7 +62,7 @@ def serve(
     config
         A configuration.json; by default the packaged one, which needs no key and no network.
     host
-        The address to listen on. Beyond this machine only with AI_AGENT_SERVER_API_KEY set.
+        The address to listen on. Beyond this machine only where clients have to show a key.
     port
         The port to listen on; 0 takes a free one.
     state_dir
@@ -60,8 +70,8 @@ def serve(
         ~/.local/state/ai-agent-server.
     """
     environ = environment()
-    check_binding(host, environ.get(API_KEY) or None)
     folder = (state_dir or default_state_dir(environ)).absolute()
+    check_binding(host, has_key=is_loopback(host) or _has_key(config, folder, environ))
 
     def ready(url: str) -> None:
         sys.stdout.write(f"AI-Agent-Server is ready at {url} (state in {folder}; Ctrl-C stops it)\n")

@@ -1,8 +1,12 @@
 """Keys: where they are kept, how one is known again, what it is good for. Of a secret the hash is kept."""
 
 import base64
+import fcntl
 import hashlib
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -26,12 +30,13 @@ __all__ = (
     "KeptKey",
     "Key",
     "KeyRing",
+    "changing",
     "hashed",
+    "is_key_name",
     "key_ring",
     "keys_path",
     "new_secret",
     "read_kept",
-    "write_kept",
 )
 
 PREFIX = "aas-"
@@ -128,13 +133,31 @@ def read_kept(path: Path) -> dict[str, KeptKey]:
     return kept
 
 
-def write_kept(path: Path, kept: Mapping[str, KeptKey]) -> None:
-    """Keep `kept` in place of what was there; durable when this returns. Blocking.
+@contextmanager
+def changing(path: Path) -> Iterator[dict[str, KeptKey]]:
+    """The keys of the file, to be changed: durable when this ends well, as they were when it does not.
 
-    Raises `StoreFullError` or `StoreUnusableError`.
+    One process at a time. Blocking. Raises `ConfigurationError`, `StoreFullError`, `StoreUnusableError`.
     """
+    lock = path.with_name(path.name + ".lock")
     with translated(path):
-        write_whole(path, msgspec.json.format(msgspec.json.encode(dict(sorted(kept.items()))), indent=2))
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A file of its own, since the other is replaced; it stays, or two would each lock one.
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        kept = read_kept(path)
+        yield kept
+        content = msgspec.json.format(msgspec.json.encode(dict(sorted(kept.items()))), indent=2)
+        with translated(path):
+            write_whole(path, content)
+    finally:
+        os.close(descriptor)
+
+
+def is_key_name(name: str) -> bool:
+    """Whether a key may have this name."""
+    return re.fullmatch(NAME_PATTERN, name) is not None
 
 
 def new_secret(random: Callable[[int], bytes]) -> str:
