@@ -15,7 +15,7 @@ import uuid_utils
 import watchfiles
 
 from ai_agent_server import __version__, tasks_state
-from ai_agent_server.assembly import file_reader, members_for, profiles_for, strategy_for
+from ai_agent_server.assembly import file_reader, members_for, profiles_for, ready_tools, strategy_for
 from ai_agent_server.channels._embedded_nats import EmbeddedNats
 from ai_agent_server.channels.base import Channel
 from ai_agent_server.channels.memory_channel import MemoryChannel
@@ -23,7 +23,7 @@ from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.config.toggles import Toggles
-from ai_agent_server.core.api_handler import create_app
+from ai_agent_server.core.api_handler import WRITE_TIMEOUT_S, create_app
 from ai_agent_server.core.chat import JSONObject
 from ai_agent_server.core.mcp_handler import McpHandler, McpHealth
 from ai_agent_server.core.metrics import Metrics
@@ -34,9 +34,12 @@ from ai_agent_server.discovery import implementation
 from ai_agent_server.errors import ConfigurationError, StoreUnusableError
 from ai_agent_server.gateway._cors import Cors
 from ai_agent_server.gateway.door import Door
+from ai_agent_server.gateway.model_context import ModelContext
+from ai_agent_server.gateway.tool_runner import ReadyTool
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 from ai_agent_server.sandbox._choose import choose_sandbox
 from ai_agent_server.sandbox.base import SandboxProbe
+from ai_agent_server.surfaces import surfaces_for
 from ai_agent_server.tasks_state.base import StoreHealth, TaskStore
 
 log = structlog.get_logger(__name__)
@@ -94,17 +97,25 @@ class Server:
         messages: McpHandler,
         door: Door,
         sandbox_probe: SandboxProbe,
+        tools: Mapping[str, ReadyTool],
+        model_context: ModelContext,
         gpu: str,
     ) -> None:
-        self.settings = settings
+        self.settings, self.tools = settings, tools
         self.state_dir = state_dir
         self.store, self.balancer, self.engine = store, balancer, engine
         self._config, self._environ, self._toggles = config, environ, toggles
         self._store_watch, self._messages = store_watch, messages
         self._door = door
         self._sandbox_probe = sandbox_probe
+        self._model_context = model_context
         self._gpu = gpu
         self._reloading = asyncio.Lock()
+
+    async def drain(self) -> None:
+        """End what would keep connections open: running steps, those who follow tasks, sessions."""
+        await self.engine.aclose()
+        await self._model_context.aclose()
 
     async def reload(self) -> ReloadReport:
         """Read the configuration again: all of it applies or none. Raises `ConfigurationError`."""
@@ -116,8 +127,9 @@ class Server:
                     raise ConfigurationError(
                         "this section changes with a restart only; nothing was applied", pointer=f"/{section}"
                     )
-            strategy, profiles = await asyncio.to_thread(
-                lambda: (strategy_for(new), profiles_for(new, self._config.parent if self._config else None))
+            folder = self._config.parent if self._config else None
+            strategy, profiles, tools = await asyncio.to_thread(
+                lambda: (strategy_for(new), profiles_for(new, folder), ready_tools(new, folder))
             )
             access = await self._door.prepared(new)
             configured = _toggles(new)
@@ -126,7 +138,7 @@ class Server:
             self.balancer.replace(members, settings=new.balancer, strategy=strategy)
             self.engine.configure(profiles)
             self._door.go_by(new, access)
-            self.settings = new
+            self.settings, self.tools = new, tools
             await self._toggles.forget(configured)
             changed = tuple(sorted(_differences(msgspec.to_builtins(old), msgspec.to_builtins(new))))
             log.info("config.reloaded", changed=len(changed))
@@ -224,6 +236,7 @@ async def running(
     settings = configuration.load(config)
     store: TaskStore = implementation(tasks_state, settings.store.kind, pointer="/store/kind")(state_dir)
     profiles = profiles_for(settings, config.parent if config else None)
+    tools = ready_tools(settings, config.parent if config else None)
     strategy = strategy_for(settings)
     await asyncio.to_thread(_make_folder, state_dir)
     async with AsyncExitStack() as stack:
@@ -294,6 +307,20 @@ async def running(
             state_path=state_dir / "published.json",
             shutdown_s=settings.server.shutdown_s,
         )
+        surfaces = surfaces_for(
+            balancer=balancer,
+            orchestration=engine,
+            accounts=door,
+            settings=lambda: server.settings,
+            tools=lambda: server.tools,
+            metrics=metrics,
+            version=__version__,
+            max_body_bytes=int(settings.server.max_body_mb * 1024 * 1024),
+            clock=asyncio.get_running_loop().time,
+            now_s=time.time,
+            new_id=_new_id,
+            write_timeout_s=WRITE_TIMEOUT_S,
+        )
         server = Server(
             settings=settings,
             config=config,
@@ -307,6 +334,8 @@ async def running(
             messages=handler,
             door=door,
             sandbox_probe=probe,
+            tools=tools,
+            model_context=surfaces.model_context,
             gpu=gpu,
         )
         # Closed twice: last here if the next lines fail, and first of all at a regular end, so that
@@ -314,6 +343,7 @@ async def running(
         stack.push_async_callback(engine.aclose)
         await engine.start()
         await stack.enter_async_context(handler)
+        await stack.enter_async_context(surfaces.model_context)
         stack.push_async_callback(engine.aclose)
         if config is not None:
             watch = asyncio.create_task(_reload_on_change(server, config), name="config-watch")
@@ -332,6 +362,8 @@ async def running(
                     version=__version__,
                     guard=door.guard,
                     environ=environ,
+                    more=surfaces.handlers,
+                    refused=surfaces.refused,
                 ),
                 origins=door.origins,
             ),

@@ -111,8 +111,8 @@ async def _signals(server: Server, http: _HttpServer) -> AsyncIterator[None]:
         task.add_done_callback(owned.discard)
 
     async def stop() -> None:
-        # The engine first: it ends its readers, so that open event streams do not hold HTTP up.
-        await server.engine.aclose()
+        # First of all: open event streams and sessions would hold HTTP up.
+        await server.drain()
         http.should_exit = True
 
     def on_stop() -> None:

@@ -1,6 +1,6 @@
 """The gateway's surfaces, built from the server's parts: the forms in which other programs ask for an LLM."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -14,9 +14,12 @@ from ai_agent_server.gateway._errors import openai_form, refused
 from ai_agent_server.gateway.anthropic_api import AnthropicApi, anthropic_form
 from ai_agent_server.gateway.caller import Accounts
 from ai_agent_server.gateway.embeddings_api import Embeddings, EmbeddingsRoutes
+from ai_agent_server.gateway.model_context import ModelContext
 from ai_agent_server.gateway.openai_api import OpenAIRoutes
 from ai_agent_server.gateway.responses_api import ResponsesRoutes
 from ai_agent_server.gateway.serving import Serving
+from ai_agent_server.gateway.tool_api import ToolApi
+from ai_agent_server.gateway.tool_runner import ReadyTool, ToolRunner
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 
 __all__ = ("Surfaces", "surfaces_for")
@@ -26,6 +29,8 @@ class Surfaces(msgspec.Struct, frozen=True, kw_only=True):
     """What the application needs of them."""
 
     serving: Serving
+    model_context: ModelContext
+    """It answers while it is entered."""
     handlers: list[HTTPRouteHandler | ASGIRouteHandler]
     refused: Callable[[Request[Any, Any, Any], Exception], Response[bytes] | None]
 
@@ -36,7 +41,10 @@ def surfaces_for(
     orchestration: Orchestration,
     accounts: Accounts,
     settings: Callable[[], Settings],
+    tools: Callable[[], Mapping[str, ReadyTool]],
     metrics: Metrics,
+    version: str,
+    max_body_bytes: int,
     clock: Callable[[], float],
     now_s: Callable[[], float],
     new_id: Callable[[], str],
@@ -69,13 +77,26 @@ def surfaces_for(
         serving=serving, settings=settings, new_id=new_id, now_s=now_s, write_timeout_s=write_timeout_s
     )
     messages = AnthropicApi(serving, settings=settings, write_timeout_s=write_timeout_s)
+    runner = ToolRunner(serving, tools=tools, tiers=lambda: settings().gateway.tiers, views=balancer.views)
+    model_context = ModelContext(
+        runner=runner,
+        serving=serving,
+        orchestration=orchestration,
+        settings=settings,
+        version=version,
+        max_body_bytes=max_body_bytes,
+        clock=clock,
+    )
     return Surfaces(
         serving=serving,
+        model_context=model_context,
         handlers=[
             *chat.handlers(),
             *responses.handlers(),
             *EmbeddingsRoutes(embeddings, settings=settings).handlers(),
             *messages.handlers(),
+            *ToolApi(runner, settings=settings).handlers(),
+            model_context.handler(),
         ],
         refused=refused({"/v1": openai_form, "/v1/messages": anthropic_form(new_id)}),
     )

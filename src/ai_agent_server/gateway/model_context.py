@@ -4,9 +4,8 @@ The SDK speaks both eras of the protocol on the one endpoint; what a tool does i
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Self, TypeVar
 
 import anyio
 import mcp_types as types
@@ -35,6 +34,7 @@ from ai_agent_server.errors import (
     AgentServerError,
     InvalidPacketError,
     ScopeError,
+    ShuttingDownError,
     TaskNotFoundError,
     TaskStateError,
     UnknownRoleError,
@@ -64,7 +64,7 @@ Say = Callable[[], str]
 
 
 class ModelContext:
-    """The endpoint. It serves between the start and the end of `running`."""
+    """The endpoint. Use it as `async with`."""
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class ModelContext:
         orchestration: Orchestration,
         settings: Callable[[], Settings],
         version: str,
+        max_body_bytes: int,
         clock: Callable[[], float],
         progress_s: float = PROGRESS_S,
     ) -> None:
@@ -81,6 +82,8 @@ class ModelContext:
         self._runner, self._serving, self._orchestration = runner, serving, orchestration
         self._settings, self._clock, self._progress_s = settings, clock, progress_s
         self._checks = {name: PayloadCheck(tool.parameters, at="") for name, tool in OWN_TOOLS.items()}
+        self._stop = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
         self._sessions = StreamableHTTPSessionManager(
             Server(
                 NAME,
@@ -93,7 +96,7 @@ class ModelContext:
             ),
             session_idle_timeout=SESSION_IDLE_S,
             max_sessions=MAX_SESSIONS,
-            max_request_body_size=int(settings().server.max_body_mb * 1024 * 1024),
+            max_request_body_size=max_body_bytes,
         )
 
     def handler(self) -> ASGIRouteHandler:
@@ -101,29 +104,33 @@ class ModelContext:
 
         @asgi(PATH, copy_scope=True)
         async def model_context(scope: Scope, receive: Receive, send: Send) -> None:
+            if self._stop.is_set():
+                raise ShuttingDownError
             await self._sessions.handle_request(scope, receive, send)  # type: ignore[arg-type]
 
         return model_context
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Serve until the end, which ends every session."""
-        stop = asyncio.Event()
+    async def __aenter__(self) -> Self:
         started = asyncio.Event()
 
         async def run() -> None:
             async with self._sessions.run():
                 started.set()
-                await stop.wait()
+                await self._stop.wait()
 
         # A task of its own: the SDK's group has to be left by the task that entered it.
-        serving = asyncio.create_task(run(), name="model-context")
-        try:
-            await started.wait()
-            yield
-        finally:
-            stop.set()
-            await serving
+        self._running = asyncio.create_task(run(), name="model-context")
+        await started.wait()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End every session, and take no request any more. May be called twice."""
+        self._stop.set()
+        if self._running is not None:
+            await asyncio.wait((self._running,))
 
     # What the protocol asks for
 
