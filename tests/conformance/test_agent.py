@@ -20,6 +20,7 @@ PAYLOADS: dict[str, JSONObject] = {
     "productivity.summarize": {"text": "A long story. " * 50},
     "productivity.rewrite": {"text": "A long story.", "instructions": "Shorter."},
     "productivity.vision": {"task": "What is it?", "image": f"data:image/png;base64,{PIXEL}"},
+    "check": {"code": "def f(): return 1", "examples": ["assert f() == 1"]},
     "prompt": {"text": "hello", "instructions": "shout"},
 }
 """By kind or its folder; a new agent without a line here is given a task in words."""
@@ -101,10 +102,16 @@ async def test_ends_in_an_outcome_of_its_card_or_refuses_the_answer(
         assert 0 < len(str(exc)) < 1000
     else:
         assert outcome.verdict in agent.card.outcomes
-    assert len(chat.sent) <= 1
+    assert len(chat.sent) <= agent.card.needs_llm
+
+
+def _needs_llm(kind: str) -> None:
+    if not agent_of(kind).card.needs_llm:
+        pytest.skip("it asks no LLM")
 
 
 async def test_an_empty_answer_is_never_taken_for_work(kind: str) -> None:
+    _needs_llm(kind)
     if kind == "developer.qa":
         pytest.skip("the task's own examples are tests enough")
     with pytest.raises(InvalidOutputError):
@@ -112,6 +119,7 @@ async def test_an_empty_answer_is_never_taken_for_work(kind: str) -> None:
 
 
 async def test_a_repeat_is_warmer_and_has_the_bound_of_its_role(kind: str) -> None:
+    _needs_llm(kind)
     first, second = Chat("?"), Chat("?")
     for chat, attempt in ((first, 1), (second, 2)):
         try:
@@ -124,6 +132,7 @@ async def test_a_repeat_is_warmer_and_has_the_bound_of_its_role(kind: str) -> No
 
 
 async def test_cancelling_it_leaves_nothing_running(kind: str) -> None:
+    _needs_llm(kind)
     asked = asyncio.Event()
 
     class Silent(Chat):

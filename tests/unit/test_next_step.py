@@ -365,6 +365,49 @@ def test_the_best_version_passed_or_else_held_most_anchors() -> None:
     assert chosen.artifact.content == "two anchors"
 
 
+CLERK = Workflow(
+    makers=("extract", "repair"),
+    routes={
+        "extract.done": (Edge(to="validate"),),
+        "repair.done": (Edge(to="validate"),),
+        "validate.fail": (Edge(to="repair", feedback=True),),
+    },
+)
+
+
+def test_where_no_code_is_made_what_a_maker_answers_is_the_work() -> None:
+    story = Story(packet(role="extract"), CLERK)
+    story.step("done", output={"total": "x"}, call=call())
+    story.step("fail", report=report("fail", 0, 1))
+    story.step("done", output={"total": 7}, call=call("b"))
+    assert story.step("pass", report=report("pass", 0, 2), output={"note": "not the work"}) == "validate"
+    end = story.next()
+    assert isinstance(end, EndWell)
+    assert (end.result["output"], end.result["verdict"]) == ({"total": 7}, "pass")
+    assert "artifact" not in end.result
+
+
+def test_a_repair_that_changed_nothing_is_not_tried_again() -> None:
+    story = Story(packet(role="extract"), CLERK)
+    story.step("done", output={"total": "x"}, call=call())
+    story.step("fail", report=report("fail", 0, 1))
+    story.step("done", output={"total": "x"}, call=call("b"))
+    story.step("fail", report=report("fail", 0, 1))
+    end = story.next()
+    assert isinstance(end, EndBadly)
+    assert end.reason == "max_debug"
+    assert end.result is not None
+    assert end.result["output"] == {"total": "x"}
+
+
+def test_what_a_maker_says_beside_its_code_is_not_the_work() -> None:
+    story = Story(packet())
+    story.step("done", output={"plan": ["1"]})
+    story.step("done", artifact=code("a"), call=call())
+    story.add(FeedbackReceived(at=NOW, role="debug", outcome="done", via="nats", output={"note": "x"}))
+    assert [draft.artifact.content for draft in drafts(story.packet, WORKFLOW)] == ["a"]
+
+
 def test_a_route_without_bounds_is_still_ended_by_the_call_limit() -> None:
     endless = Workflow(routes={"planner.done": (Edge(to="planner"),)})
     story = Story(packet(limits=Limits(calls=5)), endless)

@@ -6,6 +6,7 @@ import msgspec
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome
 from ai_agent_server.core.chat import JSONObject
@@ -54,7 +55,15 @@ class CheckAgent:
     async def run(self, context: AgentContext) -> Outcome:
         """Check the latest work. Raises `SandboxError` where code cannot be run."""
         schema = context.spec.result_schema
-        return await _run_code(context) if schema is None else _hold_to(schema, context.packet)
+        if schema is None:
+            return await _run_code(context)
+        try:
+            return _hold_to(schema, context.packet)
+        except Unresolvable as exc:
+            raise ConfigurationError(
+                f"the schema refers to {exc.ref}, which is not in it",
+                pointer=_pointer(context, "result_schema"),
+            ) from exc
 
 
 def _hold_to(schema: JSONObject, packet: TaskPacket) -> Outcome:
@@ -133,10 +142,11 @@ def _assertions(packet: TaskPacket, field: str) -> Iterator[str]:
 
 
 def _options(context: AgentContext) -> CheckAgent.Options:
-    spec = context.spec
     try:
-        return msgspec.convert(spec.options, CheckAgent.Options)
+        return msgspec.convert(context.spec.options, CheckAgent.Options)
     except msgspec.ValidationError as exc:
-        raise ConfigurationError(
-            str(exc), pointer=json_pointer(("profiles", spec.profile, "roles", spec.role, "options"))
-        ) from exc
+        raise ConfigurationError(str(exc), pointer=_pointer(context, "options")) from exc
+
+
+def _pointer(context: AgentContext, key: str) -> str:
+    return json_pointer(("profiles", context.spec.profile, "roles", context.spec.role, key))
