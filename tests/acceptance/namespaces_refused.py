@@ -1,6 +1,7 @@
 """A program: takes user namespaces and mounts away from itself, as containers do, then uses the sandbox.
 
-Prints one JSON object: what the probes said, and what became of some runs.
+Prints one JSON object: what the probes said, and what became of some runs. With arguments it becomes
+the server's command instead, `--no-landlock` first for a machine on which no tier works.
 """
 
 import asyncio
@@ -20,14 +21,18 @@ NO_NEW_PRIVS, SET_SECCOMP, FILTER_MODE = 38, 22, 2
 LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
 PERMITTED, REFUSED = 0x7FFF0000, 0x00050000
 NEW_NAMESPACES = 0x7E020000
+LANDLOCK_CREATE_RULESET = 444
 NUMBERS = {
     "x86_64": {"unshare": 272, "mount": 165, "setns": 308, "clone": 56, "clone3": 435},
     "aarch64": {"unshare": 97, "mount": 40, "setns": 268, "clone": 220, "clone3": 435},
 }
 
 
-def refuse_namespaces() -> None:
-    """What Docker's default profile refuses: new namespaces, mounts, and clone3 altogether."""
+def refuse_namespaces(*, landlock: bool = False) -> None:
+    """What Docker's default profile refuses: new namespaces, mounts, and clone3 altogether.
+
+    `landlock`: that too, as by a kernel which does not have it.
+    """
     numbers = NUMBERS[os.uname().machine]
 
     def step(operation: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -36,7 +41,9 @@ def refuse_namespaces() -> None:
     code = [step(LOAD, 0)]
     for name in ("unshare", "mount", "setns"):
         code += [step(EQUAL, numbers[name], 0, 1), step(RETURN, REFUSED | errno.EPERM)]
-    code += [step(EQUAL, numbers["clone3"], 0, 1), step(RETURN, REFUSED | errno.ENOSYS)]
+    unknown = [numbers["clone3"], *([LANDLOCK_CREATE_RULESET] if landlock else [])]
+    for number in unknown:
+        code += [step(EQUAL, number, 0, 1), step(RETURN, REFUSED | errno.ENOSYS)]
     code += [step(EQUAL, numbers["clone"], 0, 3), step(LOAD, 16), step(ANY_BIT, NEW_NAMESPACES, 0, 1)]
     code += [step(RETURN, REFUSED | errno.EPERM), step(RETURN, PERMITTED)]
     text = ctypes.create_string_buffer(b"".join(code))
@@ -69,5 +76,9 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    refuse_namespaces()
+    arguments = sys.argv[1:]
+    refuse_namespaces(landlock=arguments[:1] == ["--no-landlock"])
+    if arguments:
+        command = arguments[arguments[0] == "--no-landlock" :]
+        os.execv(sys.executable, [sys.executable, "-m", "ai_agent_server", *command])
     asyncio.run(main())

@@ -13,6 +13,8 @@ import httpx
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
 
+PROGRAM = (sys.executable, "-m", "ai_agent_server")
+
 SCRIPT: dict[str, Any] = {
     "engine": "local.scripted",
     "model": "scripted",
@@ -24,10 +26,21 @@ SCRIPT: dict[str, Any] = {
 
 
 class ServerProcess:
-    """`ai-agent-server serve` with its own state folder; `url` and `http` after `start`."""
+    """`ai-agent-server serve` with its own state folder; `url` and `http` after `start`.
 
-    def __init__(self, state_dir: Path, config: Path | None = None, **environ: str) -> None:
+    `program` is what is run; another one than `PROGRAM` ends by becoming it.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        config: Path | None = None,
+        *,
+        program: tuple[str, ...] = PROGRAM,
+        **environ: str,
+    ) -> None:
         self.state_dir, self.config = state_dir, config
+        self.program = program
         self.environ = environ
         self.log = state_dir.parent / f"{state_dir.name}.log"
         self.url = ""
@@ -44,9 +57,7 @@ class ServerProcess:
             arguments += ["--config", str(self.config)]
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "ai_agent_server",
+                *self.program,
                 *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
