@@ -16,7 +16,8 @@ TIMEOUTS = {"connect_s": 2, "first_token_s": 3, "idle_s": 1}
 class Gateway:
     """A server with the LLMs `first` (small) and `second` (main), each a double that listens in a test.
 
-    `first` can see; `second` stands in for nobody. The role `desk/clerk` is a scripted LLM's.
+    `first` can see. Who names one of them gets it or an error; who does not may get the other. The role
+    `desk/clerk` is a scripted LLM's.
     """
 
     def __init__(self, process: ServerProcess, ports: tuple[int, int]) -> None:
@@ -32,7 +33,15 @@ class Gateway:
         """The two model servers, up for as long as the body."""
         first, second = (OpenAIDouble(port=port) for port in self.ports)
         async with first, second:
+            await self.forget()
             yield first, second
+
+    async def forget(self) -> None:
+        """Close every circuit, whatever came before."""
+        async with self.process.http() as http:
+            for llm in ("first", "second"):
+                answer = await http.patch(f"/api/v1/llms/{llm}", json={"toggle": True})
+                assert answer.status_code == 200
 
 
 def configuration(ports: tuple[int, int], **gateway: Any) -> dict[str, Any]:
@@ -43,6 +52,7 @@ def configuration(ports: tuple[int, int], **gateway: Any) -> dict[str, Any]:
             "engine": "api.openai",
             "model": "double-1",
             "source": "local",
+            "locked": True,
             "tier": tier,
             "context": 8192,
             "slots": 4,
@@ -53,8 +63,9 @@ def configuration(ports: tuple[int, int], **gateway: Any) -> dict[str, Any]:
 
     script = {
         **SCRIPT,
-        "tier": "small",
-        "toggle": True,
+        "capabilities": ["chat"],
+        # Nobody gets it who does not name it.
+        "cost_per_million_input_usd": 999_999.0,
         "options": {"replies": [{"when": "slowly", "say": ["late"]}, "the clerk's answer"]},
     }
     return packaged(

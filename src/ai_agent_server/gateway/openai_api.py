@@ -10,6 +10,7 @@ from litestar import Request, Response, get, post, route
 from litestar.exceptions import NotFoundException
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
+from litestar.response.base import ASGIResponse
 
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.api_schemas import JSON
@@ -83,7 +84,7 @@ class OpenAIRoutes:
             route("/v1/{rest:path}", http_method=METHODS)(self.nothing),
         ]
 
-    async def chat(self, request: AnyRequest) -> Any:
+    async def chat(self, request: AnyRequest) -> ASGIResponse:
         """Answer a conversation, whole or streamed."""
         started_s = self._serving.now_s()
         limit_bytes = int(self._settings().server.max_body_mb * 1024 * 1024)
@@ -101,7 +102,7 @@ class OpenAIRoutes:
                     idempotency_key=request.headers.get("idempotency-key"),
                 )
         except ClientLeftError:
-            return Response(b"", status_code=NO_LONGER_READ, media_type=JSON)
+            return ASGIResponse(status_code=NO_LONGER_READ, media_type=JSON)
         if isinstance(answer, Opened):
             return EventStream(
                 _frames(answer, created=created, include_usage=asked.include_usage),
@@ -111,7 +112,7 @@ class OpenAIRoutes:
                 aclose=answer.aclose,
             )
         completion = wire.completion(answer.reply, request_id=answer.id, model=answer.model, created=created)
-        return Response(msgspec.json.encode(completion), media_type=JSON, headers=answer.headers)
+        return ASGIResponse(body=msgspec.json.encode(completion), media_type=JSON, headers=answer.headers)
 
     async def models(self, request: AnyRequest) -> Response[bytes]:
         """Every model, from what is known: a dead engine holds nothing up."""
