@@ -323,6 +323,57 @@ def test_the_same_forgery_deceives_a_runner_that_looks_at_the_exit_code(name: st
     assert ended.returncode == 0
 
 
+IMPORTED_BY_A_TEST = {"patches_unittest": SABOTAGE["patches_unittest"], "plants_a_module": (
+    "for name in ('unittest', 'json'):\n"
+    "    with open(name + '.py', 'w') as file:\n        file.write('raise SystemExit(0)')\n"
+    "def f(x): return None\n"
+)}  # fmt: skip
+"""Code that makes a test file believe which imports it, and is run where it is."""
+TEST_FILE = """
+import sys
+sys.path.insert(0, '.')
+import unittest
+from solution import f
+
+class Test(unittest.TestCase):
+    def test(self):
+        self.assertEqual(f(1), 2)
+
+unittest.main()
+"""
+
+
+@pytest.mark.parametrize("name", IMPORTED_BY_A_TEST)
+async def test_a_patched_or_planted_module_passes_nothing(sandbox: Sandbox, name: str) -> None:
+    report = await judged(sandbox, IMPORTED_BY_A_TEST[name], "assert f(1) == 2", "assert f(2) == 3")
+    assert (report.verdict, report.tests_passed) == ("fail", 0), report
+
+
+@pytest.mark.parametrize("name", IMPORTED_BY_A_TEST)
+def test_the_same_module_deceives_a_test_file_that_imports_the_code(name: str, tmp_path: Path) -> None:
+    (tmp_path / "solution.py").write_text(IMPORTED_BY_A_TEST[name])
+    (tmp_path / "test_it.py").write_text(TEST_FILE)
+    for _ in range(2):  # what is planted in the first run is imported in the second
+        ended = subprocess.run([sys.executable, "test_it.py"], cwd=tmp_path, check=False, timeout=30)
+    assert ended.returncode == 0
+
+
+GIANT = "def boom(): raise ValueError('y' * 5_000_000)\ndef f(x): return boom() if x > 50 else f(x + 1)\n"
+
+
+async def test_a_giant_traceback_is_cut_to_what_somebody_can_read(sandbox: Sandbox) -> None:
+    report = await judged(sandbox, GIANT, "assert f(1) == 2")
+    assert report.verdict == "fail"
+    assert "ValueError" in report.detail
+    assert len(report.detail.encode()) <= 2048
+
+
+def test_the_same_traceback_is_giant_where_nothing_cuts_it() -> None:
+    program = [sys.executable, "-I", "-S", "-c", GIANT + "f(1)"]
+    bare = subprocess.run(program, capture_output=True, check=False, timeout=30)
+    assert len(bare.stderr) > 5_000_000
+
+
 @pytest.mark.parametrize("name", SABOTAGE)
 async def test_sabotage_of_the_runner_passes_nothing(sandbox: Sandbox, name: str) -> None:
     wall_s = 4.0 if name == "stops_the_judge" else LIMITS.wall_s
