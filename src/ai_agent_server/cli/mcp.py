@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 import mcp_types as types
+import msgspec
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.server.lowlevel import Server
@@ -26,6 +27,7 @@ from ai_agent_server.gateway._mcp_tools import INSTRUCTIONS, definitions
 
 __all__ = ("mcp",)
 
+REFUSALS = frozenset({401, 403, 429, 503})
 CONNECT_S = 5.0
 CALL_S = 3600.0
 """The longest that a call may take; progress is told all the while, and whoever called may cancel."""
@@ -93,26 +95,48 @@ class _Bridge:
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator[Client]:
         """A client of the server. Raises `ClientError` where there is none or it refuses, else `MCPError`."""
-        timeout = httpx2.Timeout(CALL_S, connect=CONNECT_S)
+        refusals: list[ServerRefusedError] = []
+
+        async def look(response: httpx2.Response) -> None:
+            # The SDK tells of no status: what refused the call at the door has to be seen here.
+            if response.status_code in REFUSALS:
+                refusals.append(_refusal(response.status_code, await response.aread()))
+
+        http = httpx2.AsyncClient(
+            headers=self._headers,
+            timeout=httpx2.Timeout(CALL_S, connect=CONNECT_S),
+            event_hooks={"response": [look]},
+            trust_env=False,
+        )
         try:
-            async with (
-                httpx2.AsyncClient(headers=self._headers, timeout=timeout, trust_env=False) as http,
-                Client(streamable_http_client(f"{self._url}/mcp", http_client=http)) as client,
-            ):
+            async with http, Client(streamable_http_client(f"{self._url}/mcp", http_client=http)) as client:
                 yield client
         except (httpx2.HTTPError, MCPError, ExceptionGroup) as exc:
-            raise self._meant(exc) from exc
+            raise (refusals[0] if refusals else self._meant(exc)) from exc
 
     def _meant(self, exc: Exception) -> Exception:
         """What is behind `exc`, which the SDK's task groups may have wrapped."""
         match exc:
             case ExceptionGroup():
                 return self._meant(exc.exceptions[0])
-            case httpx2.HTTPStatusError() if exc.response.status_code in {401, 403}:
-                detail = f"set {API_KEY} to the server's key where this command is started"
-                return ServerRefusedError(exc.response.status_code, "The key is not accepted", detail=detail)
             case httpx2.HTTPError():
                 problem = f"{exc or type(exc).__name__}; start one with `ai-agent-server serve`"
                 return ServerUnreachableError(self._url, problem)
             case _:
                 return exc
+
+
+class _Problem(msgspec.Struct, frozen=True, kw_only=True):
+    title: str = "The server refused the call"
+    detail: str = ""
+
+
+def _refusal(status: int, body: bytes) -> ServerRefusedError:
+    try:
+        told = msgspec.json.decode(body, type=_Problem)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        told = _Problem()
+    detail = told.detail or told.title
+    if status == 401:
+        detail += f"; set {API_KEY} to the server's key where this command is started"
+    return ServerRefusedError(status, told.title, detail=detail)

@@ -33,10 +33,10 @@ from ai_agent_server.core.task_packet import (
 from ai_agent_server.errors import (
     AgentServerError,
     InvalidPacketError,
+    InvalidTransitionError,
     ScopeError,
     ShuttingDownError,
     TaskNotFoundError,
-    TaskStateError,
     UnknownRoleError,
 )
 from ai_agent_server.gateway._mcp_tools import INSTRUCTIONS, OWN_TOOLS, OwnTool, definitions
@@ -189,7 +189,7 @@ class ModelContext:
                 return await self._get(context, arguments)
             case "cancel_task":
                 _may_run_tasks(caller)
-                return _done(_task(await self._orchestration.cancel(_checked_id(arguments["task_id"]))))
+                return _done(_task(await self._end(_checked_id(arguments["task_id"]))))
 
     # A chat
 
@@ -291,14 +291,17 @@ class ModelContext:
         async for event in self._orchestration.follow(task_id):
             told.see(event)
 
+    async def _end(self, task_id: str) -> TaskPacket:
+        """The task, which has ended now if it had not before."""
+        try:
+            return await self._orchestration.cancel(task_id)
+        except InvalidTransitionError:
+            return await self._orchestration.read(task_id)
+
     async def _cancelled(self, task_id: str) -> None:
         """The caller gave up: so does the task, unless it is the server that stops; then it goes on later."""
-        if not self._orchestration.status().accepting:
-            return
-        try:
-            await self._orchestration.cancel(task_id)
-        except TaskStateError:
-            return  # it ended meanwhile
+        if self._orchestration.status().accepting:
+            await self._end(task_id)
 
     # Whoever waits is told
 
