@@ -168,15 +168,17 @@ class _Meter:
         for grain in self._grains:
             surplus -= grain.amount
             if surplus <= 0:
-                free_s = grain.last_s + self._window_s - now_s
-                return None if math.isinf(free_s) else max(0.0, free_s)
+                return None if math.isinf(self._window_s) else self._left_s(grain, now_s)
         return None
 
     def reset_s(self, now_s: float) -> float:
         """Seconds until nothing is in the window; 0 for a total."""
         if not self._grains or math.isinf(self._window_s):
             return 0.0
-        return max(0.0, self._grains[-1].last_s + self._window_s - now_s)
+        return self._left_s(self._grains[-1], now_s)
+
+    def _left_s(self, grain: _Grain, now_s: float) -> float:
+        return min(self._window_s, max(0.0, grain.last_s + self._window_s - now_s))
 
     def kept(self) -> tuple[tuple[float, float, float], ...]:
         """As it is kept."""
@@ -345,10 +347,9 @@ def _wait(refusal: Refusal) -> float:
 
 
 def _refusal(subject: str, bound: Bound, meter: _Meter, *, wanted: float, now_s: float) -> Refusal:
-    surplus = meter.used + wanted - bound.allowed
-    if meter.used >= bound.allowed:
-        # The least that makes room: one where the unit is counted, of a fraction any crumb.
-        surplus = max(surplus, 1 if bound.unit in {"requests", "tokens"} else 1e-9)
+    # Where nothing is wanted something has to be left: one, or of a fraction any crumb.
+    least = 1 if bound.unit in {"requests", "tokens"} else 1e-9
+    surplus = meter.used + (wanted or least) - bound.allowed
     return Refusal(
         subject=subject,
         unit=bound.unit,
@@ -356,5 +357,5 @@ def _refusal(subject: str, bound: Bound, meter: _Meter, *, wanted: float, now_s:
         per_s=bound.per_s,
         used=meter.used,
         wanted=wanted,
-        retry_after_s=None if wanted > bound.allowed else meter.free_in_s(surplus, now_s),
+        retry_after_s=meter.free_in_s(surplus, now_s),
     )
