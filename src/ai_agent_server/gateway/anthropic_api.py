@@ -8,6 +8,7 @@ import msgspec
 import structlog
 from litestar import Request, Response, head, post
 from litestar.handlers import HTTPRouteHandler
+from litestar.response.base import ASGIResponse
 
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.api_schemas import JSON
@@ -61,7 +62,7 @@ class AnthropicApi:
             head("/", opt={"public": True})(self.knock),
         ]
 
-    async def messages(self, request: AnyRequest) -> Any:
+    async def messages(self, request: AnyRequest) -> ASGIResponse:
         """The next message of a conversation, streamed or whole."""
         started_s = self._serving.now_s()
         draft = wire.decode_messages(await self._body(request))
@@ -83,7 +84,7 @@ class AnthropicApi:
         except ClientLeftError:
             if opened is not None:
                 await opened.aclose()
-            return Response(b"", status_code=NO_LONGER_READ, media_type=JSON)
+            return ASGIResponse(status_code=NO_LONGER_READ, media_type=JSON)
         return EventStream(
             _frames(opened, draft, asked),
             about={"request_id": opened.id, "surface": "messages"},
@@ -144,7 +145,7 @@ def _told(error: WireError) -> tuple[int, wire.ErrorDetail]:
     return status, wire.ErrorDetail(type=_TYPES.get(status, "api_error"), message=message)
 
 
-async def _whole(opened: Opened, draft: wire.MessagesDraft, asked: ChatRequest) -> Response[bytes]:
+async def _whole(opened: Opened, draft: wire.MessagesDraft, asked: ChatRequest) -> ASGIResponse:
     async with aclosing(opened):
         answer: wire.Answer | None = None
         async for delta in opened.deltas:
@@ -157,7 +158,7 @@ async def _whole(opened: Opened, draft: wire.MessagesDraft, asked: ChatRequest) 
         answer = answer or _answer(opened, draft, asked)
         answer.end()
         body = msgspec.json.encode(answer.message())
-        return Response(body, media_type=JSON, headers=_headers(opened))
+        return ASGIResponse(body=body, media_type=JSON, headers=_headers(opened))
 
 
 async def _frames(opened: Opened, draft: wire.MessagesDraft, asked: ChatRequest) -> AsyncGenerator[bytes]:
