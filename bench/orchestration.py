@@ -7,6 +7,7 @@ makes the peer's environment.
 """
 
 import asyncio
+import gc
 import random
 import shutil
 import subprocess
@@ -217,6 +218,7 @@ async def _no_file(path: str) -> bytes:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         log.configure("warning")
+        gc.freeze()  # as the serving process does
         print(uvloop.run(measure(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))
     else:
         main()

@@ -1,6 +1,7 @@
 """The serving process: one listener, uvicorn, signals. Everything else is built by `app`."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -68,6 +69,8 @@ async def _serve(
     shown = f"[{host}]" if ":" in host else host
     with listener:
         async with parts as (server, application):
+            # All that was loaded stays: the collector need not go through it again and again.
+            gc.freeze()
             http = _HttpServer(
                 uvicorn.Config(
                     application,

@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ class Admission:
 
     def views(self) -> tuple[LLMView, ...]:
         """Every LLM as it stands now."""
-        return self._views(Counter(waiter.target for waiter in self._waiters))
+        return self._views(Counter(waiter.target for waiter in self._waiters) if self._waiters else {})
 
     def decide(self, wanted: Requirements) -> Decision:
         """Which LLM would serve now."""
@@ -141,6 +141,8 @@ class Admission:
         With `changed` (toggles, configuration, an open circuit) those for whom there is no hope any
         more are told.
         """
+        if not self._waiters:
+            return
         ahead: Counter[str | None] = Counter()
         for waiter in tuple(self._waiters):
             if not changed and not self._any_place():
@@ -267,6 +269,8 @@ class Admission:
     def _decide(self, wanted: Requirements, views: tuple[LLMView, ...]) -> Decision:
         return decide(wanted, views, self.strategy, strategy_name=self.settings.strategy)
 
-    def _views(self, waiting: Counter[str | None]) -> tuple[LLMView, ...]:
+    def _views(self, waiting: Mapping[str | None, int]) -> tuple[LLMView, ...]:
         now_s = self._clock()
-        return tuple(standing.view(now_s, waiting=waiting[name]) for name, standing in self.standings.items())
+        return tuple(
+            standing.view(now_s, waiting=waiting.get(name, 0)) for name, standing in self.standings.items()
+        )
