@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.figures import Report, read
 
-MEASUREMENTS = ("orchestration", "startup", "task_files")
+MEASUREMENTS = ("orchestration", "startup", "task_files", "sandbox_overhead")
 
 
 def main() -> int:

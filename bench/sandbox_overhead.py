@@ -1,36 +1,61 @@
-"""What a sandbox costs: the wall time of an empty program in each tier, over a bare subprocess.
+"""What a sandbox costs: the wall time of an empty program in each tier, over a bare subprocess."""
 
-python bench/sandbox_overhead.py [--runs 100] [--json FILE]
-"""
-
-import argparse
 import asyncio
-import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Awaitable
 from pathlib import Path
 
 from ai_agent_server.sandbox._choose import choose_sandbox
-from ai_agent_server.sandbox.base import SandboxLimits
+from ai_agent_server.sandbox.base import Sandbox, SandboxLimits
 from ai_agent_server.sandbox.python_suite import run_suite
+from bench.figures import Figure, at_most, keep, median, p95
 
+RUNS = 100
+TIERS = ("bubblewrap", "landlock")
+LIMITS = SandboxLimits()
 PROGRAM = {"main.py": "pass\n"}
-TIERS = ("bubblewrap", "landlock", "unsafe")
 CODE = "def f(x):\n    return x + 1\n"
 TESTS = tuple(f"assert f({n}) == {n + 1}" for n in range(8))
 
 
-def quantile(times_ms: list[float], share: float) -> float:
-    """The nearest rank."""
-    ordered = sorted(times_ms)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+def main() -> None:
+    """The arms take turns, so that a busy machine is busy for all."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "main.py").write_text(PROGRAM["main.py"])
+        times_ms = asyncio.run(_measure(folder))
+        keep("sandbox_overhead", _figures(times_ms), folder=folder)
 
 
-async def bare(folder: Path) -> None:
+async def _measure(folder: Path) -> dict[str, list[float]]:
+    sandboxes: dict[str, Sandbox] = {}
+    for tier in TIERS:
+        sandbox, probe = await choose_sandbox(tier)
+        if probe.works:
+            sandboxes[tier] = sandbox
+        else:
+            print(f"{tier} does not work here: {probe.detail}")
+    times_ms: dict[str, list[float]] = defaultdict(list)
+    for _ in range(RUNS):
+        times_ms["bare"].append(await _timed(_bare(folder)))
+        for tier, sandbox in sandboxes.items():
+            times_ms[tier].append(await _timed(_empty(sandbox)))
+            times_ms[f"{tier}_suite"].append(await _timed(_suite(sandbox)))
+    return times_ms
+
+
+async def _timed(work: Awaitable[None]) -> float:
+    began = time.perf_counter()
+    await work
+    return (time.perf_counter() - began) * 1000
+
+
+async def _bare(folder: Path) -> None:
     """The same interpreter and flags, with nothing around it."""
     process = await asyncio.create_subprocess_exec(
         os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", "main.py",
@@ -39,63 +64,41 @@ async def bare(folder: Path) -> None:
     await process.communicate()
 
 
-async def measure(runs: int) -> dict[str, list[float]]:
-    """Wall times in milliseconds; the arms take turns, so that a busy machine is busy for all."""
-    import tempfile
+async def _empty(sandbox: Sandbox) -> None:
+    report = await sandbox.run(PROGRAM, ("python", "main.py"), limits=LIMITS)
+    if report.verdict != "ok":
+        raise SystemExit(f"{report.tier}: {report.verdict} {report.detail}")
 
-    limits = SandboxLimits()
-    sandboxes = {}
+
+async def _suite(sandbox: Sandbox) -> None:
+    report = await run_suite(sandbox, code=CODE, anchors=(), tests=TESTS, limits=LIMITS)
+    if report.verdict != "pass":
+        raise SystemExit(f"{report.tier}: {report.verdict} {report.detail}")
+
+
+def _figures(times_ms: dict[str, list[float]]) -> list[Figure]:
+    bare_ms = median(times_ms["bare"])
+    figures = [Figure(name="bare_ms_p50", value=bare_ms, unit="ms", what="a bare subprocess, p50")]
     for tier in TIERS:
-        sandbox, probe = await choose_sandbox(tier)
-        if probe.works:
-            sandboxes[tier] = sandbox
-        else:
-            print(f"{tier}: does not work here ({probe.detail})")
-    times: dict[str, list[float]] = {}
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "main.py").write_text(PROGRAM["main.py"])
-        for _ in range(runs):
-            began = time.perf_counter()
-            await bare(folder)
-            times.setdefault("bare", []).append((time.perf_counter() - began) * 1000)
-            for tier, sandbox in sandboxes.items():
-                began = time.perf_counter()
-                report = await sandbox.run(PROGRAM, ("python", "main.py"), limits=limits)
-                times.setdefault(tier, []).append((time.perf_counter() - began) * 1000)
-                if report.verdict != "ok":
-                    raise SystemExit(f"{tier}: {report.verdict} {report.detail}")
-                if tier != "unsafe":
-                    began = time.perf_counter()
-                    await run_suite(sandbox, code=CODE, anchors=(), tests=TESTS, limits=limits)
-                    times.setdefault(f"{tier}, suite of 8", []).append((time.perf_counter() - began) * 1000)
-    return times
-
-
-def main() -> None:
-    """Print one line an arm."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--runs", type=int, default=100)
-    options.add_argument("--json", type=Path)
-    chosen = options.parse_args()
-    times = asyncio.run(measure(chosen.runs))
-    base = statistics.median(times["bare"])
-    found = {}
-    for arm, values in times.items():
-        p50, p95 = statistics.median(values), quantile(values, 0.95)
-        found[arm] = {"p50_ms": p50, "p95_ms": p95, "overhead_p50_ms": p50 - base}
-        print(
-            f"{arm:24} p50 {p50:7.1f} ms   p95 {p95:7.1f} ms   over a bare subprocess {p50 - base:+7.1f} ms"
-        )
-    if chosen.json:
-        machine = {
-            "machine": platform.machine(),
-            "kernel": platform.release(),
-            "python": platform.python_version(),
-        }
-        result = {"bench": "sandbox_overhead", "runs": chosen.runs, "cpus": os.cpu_count(), **machine}
-        chosen.json.write_text(json.dumps({**result, "arms": found}, indent=1) + "\n")
+        if tier not in times_ms:
+            continue
+        over = f"the sandbox over a bare subprocess, {tier}"
+        figures += [
+            at_most(f"{tier}_overhead_ms_p50", median(times_ms[tier]) - bare_ms, "ms", 50, f"{over}, p50"),
+            Figure(
+                name=f"{tier}_overhead_ms_p95",
+                value=p95(times_ms[tier]) - bare_ms,
+                unit="ms",
+                what=f"{over}, p95",
+            ),
+            Figure(
+                name=f"{tier}_suite_ms_p50",
+                value=median(times_ms[f"{tier}_suite"]),
+                unit="ms",
+                what=f"code and 8 tests judged, {tier}, p50",
+            ),
+        ]
+    return figures
 
 
 if __name__ == "__main__":
