@@ -42,13 +42,13 @@ def meaning(problem: OSError, path: Path | str) -> StoreError:
     return StoreUnusableError(f"{where}: {problem.strerror}")
 
 
-def place(path: Path, content: bytes, *, sync: bool = True) -> None:
+def place(path: Path, content: bytes, *, sync: bool = True, suffix: str = TEMPORARY) -> None:
     """Put `content` at `path` whole, or leave there what was. It survives a crash after `sync_folder`.
 
-    Without `sync` it survives the end of the process alone. Raises `OSError`; the temporary file is
-    gone then.
+    Without `sync` it survives the end of the process alone. `suffix` is the temporary file's. Raises
+    `OSError`; the temporary file is gone then.
     """
-    temporary = beside(path, content, sync=sync)
+    temporary = beside(path, content, sync=sync, suffix=suffix)
     try:
         temporary.rename(path)
     except OSError:
@@ -57,12 +57,12 @@ def place(path: Path, content: bytes, *, sync: bool = True) -> None:
         raise
 
 
-def beside(path: Path, content: bytes, *, sync: bool) -> Path:
+def beside(path: Path, content: bytes, *, sync: bool, suffix: str = TEMPORARY) -> Path:
     """Write `content` to a temporary file beside `path`, and answer where.
 
     Raises `OSError`; the temporary file is gone then.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = path.with_name(path.name + suffix)
     try:
         descriptor = os.open(temporary, _NEW, 0o600)
         try:

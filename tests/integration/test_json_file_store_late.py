@@ -146,6 +146,21 @@ async def test_a_stop_puts_every_file_in_place_and_leaves_no_journal(tmp_path: P
     assert not (root / "journal").exists()
 
 
+async def test_tasks_end_while_their_late_files_make_way_for_the_next_segment(tmp_path: Path) -> None:
+    """Every batch has some that end; the journal goes on in another segment at two of them."""
+
+    async def one(store: JsonFileStore, number: int) -> None:
+        for turn in range(5):
+            task = await accepted(store, "x" * 200_000)
+            for _ in range(1 + (number if turn == 0 else 0) % 3):
+                task = await started(store, task)
+            over = await canceled(store, task)
+            assert revision_in(path_of(store, over)) == over.revision
+
+    async with opened(tmp_path / "state") as store:
+        await asyncio.gather(*(one(store, number) for number in range(24)))
+
+
 async def test_late_tasks_come_back_after_a_kill(tmp_path: Path) -> None:
     async with opened(tmp_path / "state") as store:
         new, over, deleted = [await accepted(store) for _ in range(3)]
@@ -197,7 +212,7 @@ async def test_what_somebody_did_to_a_late_file_does_not_keep_it_from_its_place(
                 path.unlink()
                 path.mkdir()
             case "a folder beside":
-                path.with_name(path.name + ".tmp").mkdir()
+                path.with_name(path.name + ".late.tmp").mkdir()
             case "no shard":
                 shutil.rmtree(path.parent)
             case "a file for a shard":

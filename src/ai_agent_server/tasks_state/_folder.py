@@ -31,6 +31,8 @@ from ai_agent_server.tasks_state._journal import Frame, Journal, frames, segment
 from ai_agent_server.tasks_state._lock import FolderLock
 
 _PROBE_BYTES = 4096
+_LATE = f".late{TEMPORARY}"
+"""A late file's; the task's next file may be prepared already, under the other name."""
 _ROOM_BYTES = 64 * 1024 * 1024
 _ROOM_FILES = 10_000
 """With less than this left on the disk no file is late: what was taken could lack the space for it."""
@@ -291,9 +293,9 @@ class TaskFolder:
             path.unlink(missing_ok=True)
             return
         try:
-            place(path, content, sync=False)
+            place(path, content, sync=False, suffix=_LATE)
         except (IsADirectoryError, NotADirectoryError, FileNotFoundError):
-            for folder in (path, path.with_name(path.name + TEMPORARY)):
+            for folder in (path, path.with_name(path.name + _LATE)):
                 if folder.is_dir():
                     self._move_aside(folder, "not a file")
             if not path.parent.is_dir():
@@ -301,7 +303,7 @@ class TaskFolder:
                     self._move_aside(path.parent, "not a folder of task files")
                 path.parent.mkdir(mode=0o700)
                 sync_folder(self._tasks)
-            place(path, content, sync=False)
+            place(path, content, sync=False, suffix=_LATE)
 
     def _with_space(self, work: Callable[[], _T]) -> _T:
         """What `work` answers; where there is no space, once more without what the journal takes."""
