@@ -229,11 +229,11 @@ def mixed(seed: int = 17) -> Trace:
 
 
 def interactive(*, background: bool) -> Trace:
-    """Someone at the keyboard on A, with or without a heap of background work on A and B."""
+    """People at the keyboard on A, with or without a heap of background work on A and B."""
     rng = random.Random(19)
     jobs = [
         Job(request=f"i{i}", llm="a", arrives_s=at_s, service_s=rng.uniform(2, 6), key="me")
-        for i, at_s in enumerate(_poisson(rng, 0.12, 3000))
+        for i, at_s in enumerate(_poisson(rng, 0.15, 3000))
     ]
     if background:
         jobs += [
@@ -250,7 +250,7 @@ def interactive(*, background: bool) -> Trace:
     return Trace(
         name="with_background" if background else "interactive_alone",
         title="interactive on A" + (", background on A and B" if background else ""),
-        models=(_big("a", slots=2), _big("b", slots=2)),
+        models=(_big("a", slots=4), _big("b", slots=4)),
         jobs=tuple(jobs),
     )
 

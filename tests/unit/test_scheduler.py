@@ -3,7 +3,9 @@
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,6 +14,7 @@ from bench.gpu_queue.traces import Job, SimulatedModel, Trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ai_agent_server.load_balancer import scheduler
 from ai_agent_server.load_balancer.memory_ledger import Footprint, MemoryLedger
 from ai_agent_server.load_balancer.scheduler import (
     Arrived,
@@ -271,16 +274,25 @@ def test_background_gives_way_to_an_interactive_request_that_comes_while_it_drai
     assert card.tell(Finished(request="a1"), 5) == ["start a3"]
 
 
-def test_background_leaves_the_last_slot_of_a_model_that_is_used_interactively() -> None:
-    card = Card(Rules(hold_s=120), slots=2)
+def test_background_has_a_quarter_of_the_slots_of_a_model_that_is_used_interactively() -> None:
+    card = Card(Rules(hold_s=120), slots=4)
     card.warm("a")
     card.ask("a")
     card.tell(Finished(request="a1"), 5)
     assert card.ask("a", urgency="background") == ["start a2"]
     assert card.ask("a", urgency="background") == []
-    assert card.ask("a") == ["start a4"]
-    card.tell(Finished(request="a4"), 1)
     assert card.wake_until_something() == ["start a3"]
+
+
+def test_background_leaves_half_the_slots_of_a_model_that_is_used_interactively() -> None:
+    card = Card(Rules(hold_s=120), slots=4)
+    card.warm("a")
+    card.ask("a")
+    card.ask("a")
+    assert card.ask("a", urgency="background") == []
+    assert card.ask("a") == ["start a4"]
+    card.tell(Finished(request="a1"), 1)
+    assert card.tell(Finished(request="a2"), 1) == ["start a3"]
 
 
 def test_the_key_that_was_served_least_is_next() -> None:
@@ -482,8 +494,13 @@ def test_places_and_waits_are_told() -> None:
     for llm in ("a", "a", "a", "b"):
         card.ask(llm)
     told = {waiting.request: (waiting.place, waiting.wait_s) for waiting in card.scheduler.forecast()}
-    # Five seconds a request; b after its time, a drain and a load.
-    assert told == {"a2": (1, 5.0), "a3": (2, 10.0), "b4": (1, 45.0)}
+    # Five seconds a request; b once a's three are through, and its load of ten.
+    assert told == {"a2": (1, 5.0), "a3": (2, 10.0), "b4": (1, 25.0)}
+    for _ in range(20):
+        card.ask("a")
+    told = {waiting.request: (waiting.place, waiting.wait_s) for waiting in card.scheduler.forecast()}
+    # They would take longer than its time: then the one that runs, and the load.
+    assert told["b4"] == (1, 45.0)
 
 
 def test_what_is_told_twice_changes_nothing() -> None:
@@ -806,3 +823,10 @@ def test_the_same_events_have_the_same_effects(seed: int) -> None:
         ]
 
     assert play() == play()
+
+
+def test_the_rules_of_the_design_are_those_of_the_code() -> None:
+    folder = Path(scheduler.__file__).parent
+    told = re.findall(r"^\| (GQ-\d [^|]+?) \|", (folder / "design.md").read_text("utf-8"), re.MULTILINE)
+    used = set(re.findall(r'"(GQ-\d [^"]+)"', (folder / "scheduler.py").read_text("utf-8")))
+    assert sorted(used) == told

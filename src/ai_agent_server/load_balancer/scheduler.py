@@ -44,7 +44,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     max_wait_s: float = 60.0
     """A model that was wanted for so long while it was out of memory is the next to come in."""
     hold_s: float = 120.0
-    """For so long after an interactive request, background gets neither its model's memory nor last slot."""
+    """For so long after an interactive request background gets neither its model's memory nor many slots."""
     patience_s: float = 600.0
     """Whoever waited so long is refused."""
     turn_loads: float = 2.0
@@ -730,10 +730,17 @@ class Scheduler:
 
     def _next_in(self, seat: _Seat) -> _Request | None:
         """The most urgent; among them, the first of the key that was served least."""
-        if self._rank(seat) == 2 and seat.busy + 1 >= seat.model.slots and self._is_held(seat):
+        if self._rank(seat) == 2 and self._keeps_from_background(seat):
             return None
         heads = [head for line in seat.lines.values() for head in line.heads()]
         return min(heads, key=self._order_of, default=None)
+
+    def _keeps_from_background(self, seat: _Seat) -> bool:
+        """Who is at the keyboard finds a slot: background has a quarter of them, and leaves half free."""
+        slots, its = seat.model.slots, seat.running["background"]
+        if its < slots // 4 and seat.busy < slots // 2:
+            return False
+        return self._is_held(seat)
 
     def _order_of(self, request: _Request) -> tuple[int, float, int]:
         rank = RANKS[request.urgency]
@@ -862,18 +869,18 @@ class Scheduler:
                 return self._in_the_way_s(seat) + seat.load_s
 
     def _in_the_way_s(self, seat: _Seat) -> float:
-        """Until a model that is away can be loaded."""
-        others = [each for each in self._seats.values() if each.state in {"warm", "loading"}]
+        """Until a model that is away can be loaded: its time has come, or those in its place are through."""
         if self.ledger.fits(seat.name):
             return 0.0
+        others = [each for each in self._seats.values() if each.state in {"warm", "loading"}]
         drain_s = max((each.service_s for each in others if each.busy), default=0.0)
         if self._claim is not None and self._claim.seat is seat:
             return drain_s
-        busy = [each for each in others if each.queued or each.busy]
-        if not busy:
-            return 0.0
+        through_s = min(
+            ((each.queued + each.busy) / each.model.slots * each.service_s for each in others), default=0.0
+        )
         since_s = seat.wanted_since_s if seat.queued else self._now_s
-        return max(0.0, since_s + self._rules.max_wait_s - self._now_s) + drain_s
+        return min(through_s, max(0.0, since_s + self._rules.max_wait_s - self._now_s) + drain_s)
 
 
 def _mean(old: float, new: float) -> float:
