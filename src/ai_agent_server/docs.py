@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ai_agent_server import __version__
+from ai_agent_server import __version__, surfaces
 from ai_agent_server.channels.base import DEAD_LETTERS, FEEDBACK, INBOUND, METRICS
 from ai_agent_server.config.settings import json_schema
 from ai_agent_server.core.api_document import curl, document, json_components, task_packet_schema
@@ -24,7 +24,7 @@ from ai_agent_server.core.task_packet import LimitsDraft, TaskDraft
 
 def documents() -> dict[str, str]:
     """Every generated document: its path below the root -> its text."""
-    described = document(__version__)
+    described = document(__version__, surfaces.operations())
     return {
         "doc/api_endpoints.md": _endpoints(described),
         "doc/reference/configuration.schema.json": _json(json_schema()),

@@ -8,8 +8,10 @@ from litestar import Request, Response
 from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
 
 from ai_agent_server.config.settings import Settings
+from ai_agent_server.core.api_operations import Operation
 from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.ports import Orchestration
+from ai_agent_server.gateway import tool_api
 from ai_agent_server.gateway._errors import openai_form, refused
 from ai_agent_server.gateway.anthropic_api import AnthropicApi, anthropic_form
 from ai_agent_server.gateway.caller import Accounts
@@ -18,11 +20,10 @@ from ai_agent_server.gateway.model_context import ModelContext
 from ai_agent_server.gateway.openai_api import OpenAIRoutes
 from ai_agent_server.gateway.responses_api import ResponsesRoutes
 from ai_agent_server.gateway.serving import Serving
-from ai_agent_server.gateway.tool_api import ToolApi
 from ai_agent_server.gateway.tool_runner import ReadyTool, ToolRunner
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 
-__all__ = ("Surfaces", "surfaces_for")
+__all__ = ("Surfaces", "operations", "surfaces_for")
 
 
 class Surfaces(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,11 @@ class Surfaces(msgspec.Struct, frozen=True, kw_only=True):
     """It answers while it is entered."""
     handlers: list[HTTPRouteHandler | ASGIRouteHandler]
     refused: Callable[[Request[Any, Any, Any], Exception], Response[bytes] | None]
+
+
+def operations() -> tuple[Operation, ...]:
+    """What the surfaces add to the API's document."""
+    return tool_api.operations()
 
 
 def surfaces_for(
@@ -95,7 +101,7 @@ def surfaces_for(
             *responses.handlers(),
             *EmbeddingsRoutes(embeddings, settings=settings).handlers(),
             *messages.handlers(),
-            *ToolApi(runner, settings=settings).handlers(),
+            *tool_api.ToolApi(runner, settings=settings).handlers(),
             model_context.handler(),
         ],
         refused=refused({"/v1": openai_form, "/v1/messages": anthropic_form(new_id)}),

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -37,10 +37,11 @@ from ai_agent_server.core.task_packet import (
 _REF = "#/components/schemas/{name}"
 
 
-def document(version: str) -> JSONObject:
-    """The OpenAPI 3.1 document."""
+def document(version: str, more: Sequence[Operation] = ()) -> JSONObject:
+    """The OpenAPI 3.1 document; `more` are other surfaces' operations."""
+    told = (*operations(), *more)
     paths: dict[str, JSONObject] = {}
-    for operation in operations():
+    for operation in told:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
     return {
         "openapi": "3.1.0",
@@ -56,7 +57,7 @@ def document(version: str) -> JSONObject:
         "security": [{}, {"bearer": []}, {"apiKey": []}],
         "paths": paths,
         "components": {
-            "schemas": _components(),
+            "schemas": _components(told),
             "examples": {
                 slug: {"summary": example.title, "value": _plain(example)}
                 for slug, example in problem_examples().items()
@@ -89,6 +90,7 @@ def curl(path: str, method: str, body_example: Any) -> str:
         .replace("{role}", "planner")
         .replace("{task_id}", TASK_ID)
         .replace("{name}", "embedded")
+        .replace("{tool}", "classify")
     )
     words = ["curl", *(["-N"] if path.endswith("/events") else []), address]
     if method != "get":
@@ -221,9 +223,9 @@ def json_components(kinds: tuple[type[Any], ...]) -> JSONObject:
     return _tidied(components)
 
 
-def _components() -> JSONObject:
+def _components(told: Sequence[Operation]) -> JSONObject:
     kinds: dict[type[Any], None] = {Problem: None, Progress: None}
-    for operation in operations():
+    for operation in told:
         for kind in (operation.body, *(answer.kind for answer in operation.answers)):
             if kind is not None and kind is not dict:
                 kinds[kind] = None
@@ -251,6 +253,7 @@ def _path_parameters(path: str) -> list[JSONObject]:
         "profile": ("A profile's name.", name_schema, "developer"),
         "role": ("A role's name in the profile.", name_schema, "planner"),
         "name": ("An LLM's name.", name_schema, "embedded"),
+        "tool": ("A tool's name.", name_schema, "classify"),
         "task_id": ("The task's id.", {"type": "string", "format": "uuid"}, TASK_ID),
     }
     return [

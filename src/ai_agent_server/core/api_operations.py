@@ -113,6 +113,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
 TAGS = {
     "tasks": "Give work, follow it, end it.",
+    "tools": "Small jobs on a text, answered at once.",
     "server": "What is configured, and how the LLM is chosen.",
     "observe": "Health, metrics, and this description.",
 }

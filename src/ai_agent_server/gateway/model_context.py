@@ -25,6 +25,7 @@ from ai_agent_server.core.ports import Orchestration
 from ai_agent_server.core.task_packet import (
     InputRequired,
     Progress,
+    Sender,
     TaskDraft,
     TaskPacket,
     TaskStatus,
@@ -106,6 +107,8 @@ class ModelContext:
         async def model_context(scope: Scope, receive: Receive, send: Send) -> None:
             if self._stop.is_set():
                 raise ShuttingDownError
+            # The space around a value is no part of it (RFC 9110, 5.5); the parser leaves what follows it.
+            scope["headers"] = [(name, value.strip(b" \t")) for name, value in scope["headers"]]
             await self._sessions.handle_request(scope, receive, send)  # type: ignore[arg-type]
 
         return model_context
@@ -256,7 +259,10 @@ class ModelContext:
             privacy="local" if local else "any",
         )
         packet, _ = await self._orchestration.submit(
-            draft, via="rest", idempotency_key=arguments.get("idempotency_key")
+            draft,
+            via="rest",
+            idempotency_key=arguments.get("idempotency_key"),
+            sender=Sender(key=caller.key, project=caller.project) if caller.key or caller.project else None,
         )
         wait_s = float(arguments.get("wait_s", 45))
 

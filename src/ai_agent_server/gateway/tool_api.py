@@ -1,7 +1,7 @@
 """The text tools as plain HTTP: a listing with their schemas, and a POST for each. JSON in, JSON out."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import msgspec
 from litestar import Request, Response, get, post
@@ -9,15 +9,26 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
 from ai_agent_server.config.settings import Settings
+from ai_agent_server.core.api_operations import Answer, Header, Operation
 from ai_agent_server.core.api_schemas import JSON
 from ai_agent_server.core.chat import ChatUsage, JSONObject, Tier
 from ai_agent_server.core.packet_json import decode
 from ai_agent_server.core.request_body import read_body
+from ai_agent_server.errors import (
+    ContextOverflowError,
+    EngineBusyError,
+    EngineError,
+    EngineRequestError,
+    InvalidOutputError,
+    LimitExceededError,
+    NoLLMError,
+    UnknownToolError,
+)
 from ai_agent_server.gateway._asking import tier_of, while_there
 from ai_agent_server.gateway.caller import Caller, caller_of
 from ai_agent_server.gateway.tool_runner import ReadyTool, ToolRunner, ToolWork
 
-__all__ = ("ToolApi", "ToolCall", "ToolListing", "listing")
+__all__ = ("ToolApi", "ToolCall", "ToolListing", "listing", "operations")
 
 PATH = "/mcp/tools"
 
@@ -79,26 +90,99 @@ class ToolApi:
 
     def handlers(self) -> list[HTTPRouteHandler]:
         """The routes."""
-        return [get(PATH)(self.list), post(f"{PATH}/{{name:str}}", status_code=200)(self.call)]
+        return [get(PATH)(self.list), post(f"{PATH}/{{tool:str}}", status_code=200)(self.call)]
 
     async def list(self) -> Response[bytes]:
         """The tools with their schemas."""
         return Response(msgspec.json.encode(listing(tuple(self._runner.tools().values()))), media_type=JSON)
 
-    async def call(self, request: AnyRequest, name: FromPath[str]) -> Response[bytes]:
+    async def call(self, request: AnyRequest, tool: FromPath[str]) -> Response[bytes]:
         """Call a tool; it ends with the client's connection."""
         tier = tier_of(request)
         limit_bytes = int(self._settings().server.max_body_mb * 1024 * 1024)
         arguments = decode(await read_body(request, limit_bytes), dict[str, Any])
         caller = caller_of(request.scope)
-        return await while_there(request, self._answer(name, arguments, caller, tier))
+        return await while_there(request, self._answer(tool, arguments, caller, tier))
 
     async def _answer(
-        self, name: str, arguments: JSONObject, caller: Caller, tier: Tier | None
+        self, tool: str, arguments: JSONObject, caller: Caller, tier: Tier | None
     ) -> Response[bytes]:
         work = ToolWork()
-        answer = await self._runner.run(name, arguments, caller, tier=tier, work=work)
+        answer = await self._runner.run(tool, arguments, caller, tier=tier, work=work)
         called = ToolCall(
             tool=answer.tool, output=answer.output, llm=answer.llm, calls=answer.calls, usage=answer.usage
         )
         return Response(msgspec.json.encode(called), media_type=JSON, headers=work.headers)
+
+
+def operations() -> tuple[Operation, ...]:
+    """The routes as the API's document tells them."""
+    example = ListedTool(
+        name="classify",
+        title="Classify a text",
+        description="Choose which of your labels fits a text.",
+        endpoint=f"{PATH}/classify",
+        parameters={"type": "object", "required": ["text", "labels"]},
+        result={"type": "object", "properties": {"label": {"type": "string"}}},
+    )
+    return (
+        Operation(
+            method="get",
+            path=PATH,
+            id="listTools",
+            tag="tools",
+            summary="The tools with their schemas",
+            query=None,
+            answers=(
+                Answer(
+                    status=200, about="Every tool.", kind=ToolListing, example=ToolListing(tools=(example,))
+                ),
+            ),
+        ),
+        Operation(
+            method="post",
+            path=f"{PATH}/{{tool}}",
+            id="callTool",
+            tag="tools",
+            summary="Call a tool",
+            about="The body is what the listing says under `parameters`; `output` is what it says under "
+            "`result`, always: an answer of another form is asked for again, twice at most, and told as a "
+            "problem then. A text that is long for one exchange is summarized in pieces that are merged, and "
+            "rewritten part by part. To close the connection ends the work. A small LLM serves unless "
+            "`X-Tier` or `tier` in the body asks for main.",
+            query=None,
+            headers=(
+                Header("X-Tier", "Which LLMs should serve.", {"enum": list(get_args(Tier))}, example="main"),
+            ),
+            body=dict,
+            body_example={"text": "I was charged twice.", "labels": ["billing", "bug", "praise"]},
+            answers=(
+                Answer(
+                    status=200,
+                    about="What came of it.",
+                    kind=ToolCall,
+                    example=ToolCall(
+                        tool="classify",
+                        output={"label": "billing"},
+                        llm="embedded",
+                        calls=1,
+                        usage=ChatUsage(input_tokens=58, output_tokens=7),
+                    ),
+                    headers=(
+                        Header("X-LLM", "The LLM that answered.", {"type": "string"}, example="embedded"),
+                        Header("X-Tier", "The tier that served.", {"type": "string"}, example="small"),
+                    ),
+                ),
+            ),
+            problems=(
+                UnknownToolError,
+                InvalidOutputError,
+                NoLLMError,
+                ContextOverflowError,
+                EngineRequestError,
+                EngineBusyError,
+                EngineError,
+                LimitExceededError,
+            ),
+        ),
+    )
