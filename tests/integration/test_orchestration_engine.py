@@ -516,6 +516,41 @@ async def test_call_and_token_limits_end_the_task_before_the_next_call(tmp_path:
     assert by_calls.limits.tokens == 60_000
 
 
+async def test_a_prompt_that_would_pass_the_limit_of_tokens_is_not_sent(tmp_path: Path, words: Words) -> None:
+    async def says_much(context: AgentContext) -> Outcome:
+        await context.chat(ChatRequest(messages=(message("user", "much " * 1_000),)))
+        return Outcome(verdict="done")
+
+    async with running(tmp_path, words, profile(planner=says_much)) as engine:
+        packet, _ = await engine.submit(draft(limits=LimitsDraft(tokens=500)), via="rest")
+        done = await ended(engine, packet.task_id)
+    assert (done.reason, done.usage.calls, words.asked) == ("budget_tokens", 0, [])
+
+
+@pytest.mark.parametrize("piece", ["word ", "x" * 100_000])
+async def test_an_answer_that_never_ends_is_hung_up_on(tmp_path: Path, piece: str) -> None:
+    class Endless(Words):
+        async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+            self.asked.append(request)
+            try:
+                while True:
+                    yield ChatDelta(text=piece, llm="words", model="words", source="local")
+                    await asyncio.sleep(0)
+            except GeneratorExit:
+                self.cut += 1
+                raise
+
+    endless = Endless()
+    async with running(tmp_path, endless) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        done = await ended(engine, packet.task_id)
+    assert (done.status, done.reason) == (TaskStatus.FAILED, "llm_unavailable")
+    assert endless.cut == len(endless.asked) == 3
+    assert done.error is not None
+    assert "beyond its bound" in done.error.message
+    assert done.usage.output_tokens < 5_000
+
+
 async def test_waiting_for_somebody_is_not_the_tasks_time(tmp_path: Path, words: Words) -> None:
     async with running(tmp_path, words, profile(qa=None)) as engine:
         packet, _ = await engine.submit(draft(limits=LimitsDraft(wall_s=1.0)), via="rest")

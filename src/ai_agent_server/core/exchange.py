@@ -6,14 +6,17 @@ from contextlib import aclosing
 
 import msgspec
 
-from ai_agent_server.core.chat import ChatReply, ChatRequest, ChatUsage, Privacy, RouteHints
+from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, Privacy, RouteHints
 from ai_agent_server.core.task_packet import Limits, LLMCall, Progress, TaskPacket, Usage
-from ai_agent_server.errors import AgentServerError
+from ai_agent_server.errors import AgentServerError, EngineProtocolError
 from ai_agent_server.llm_engines.base import JoinedStream, LLMEngine
+from ai_agent_server.load_balancer.estimate import input_tokens
 
 PROGRESS_EVERY_S = 0.25
 CUT = "error"
 """The finish_reason that is recorded for a call that gave no whole answer."""
+MAX_ANSWER_CHARS = 2_000_000
+"""More than any agent reads. An answer that has grown beyond it will not end by itself."""
 
 
 class BudgetSpentError(AgentServerError):
@@ -33,6 +36,10 @@ def spent(usage: Usage, limits: Limits) -> str | None:
     if limits.cost_usd is not None and usage.cost_usd >= limits.cost_usd > 0:
         return "budget_cost"
     return None
+
+
+def _chars(delta: ChatDelta) -> int:
+    return len(delta.text) + len(delta.reasoning) + sum(len(call.arguments) for call in delta.tool_calls)
 
 
 class Exchange:
@@ -65,11 +72,11 @@ class Exchange:
         self._used = True
         if (outcome := spent(self._packet.usage, self._packet.limits)) is not None:
             raise BudgetSpentError(outcome)
-        request = self._bounded(request)
+        request, most_pieces = self._bounded(request)
         digest = hashlib.sha256(msgspec.json.encode(request.messages)).hexdigest()
         joined = JoinedStream()
         began = self._monotonic()
-        first_token_s, told_s, pieces = 0.0, 0.0, 0
+        first_token_s, told_s, pieces, chars = 0.0, 0.0, 0, 0
         try:
             async with aclosing(self._llm.stream(request)) as deltas:
                 async for delta in deltas:
@@ -78,6 +85,9 @@ class Exchange:
                     if delta.text or delta.tool_calls:
                         pieces += 1
                         first_token_s = first_token_s or elapsed_s
+                    chars += _chars(delta)
+                    if pieces > most_pieces or chars > MAX_ANSWER_CHARS:
+                        raise EngineProtocolError("the answer went on beyond its bound", engine=joined.llm)
                     if elapsed_s - told_s >= PROGRESS_EVERY_S:
                         told_s = elapsed_s
                         self._progress(joined, pieces, elapsed_s)
@@ -92,14 +102,17 @@ class Exchange:
         text = reply.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return msgspec.structs.replace(reply, text=text)
 
-    def _bounded(self, request: ChatRequest) -> ChatRequest:
+    def _bounded(self, request: ChatRequest) -> tuple[ChatRequest, int]:
+        """The request with what is left of the task's limits, and how many pieces its answer may have."""
         used, limits = self._packet.usage, self._packet.limits
+        room = limits.tokens - used.tokens - input_tokens(request)
+        if room < 1:
+            raise BudgetSpentError("budget_tokens")
+        max_tokens = min(request.max_tokens or self._max_tokens, room)
         cost_left = None if limits.cost_usd is None else max(0.0, limits.cost_usd - used.cost_usd)
-        return msgspec.structs.replace(
-            request,
-            max_tokens=max(1, min(request.max_tokens or self._max_tokens, limits.tokens - used.tokens)),
-            route=msgspec.structs.replace(self._hints, privacy=self._privacy, max_cost_usd=cost_left),
-        )
+        route = msgspec.structs.replace(self._hints, privacy=self._privacy, max_cost_usd=cost_left)
+        # A piece holds a token or more; twice is for engines that cut finer than their tokenizer.
+        return msgspec.structs.replace(request, max_tokens=max_tokens, route=route), 2 * max_tokens + 16
 
     def _record(
         self, joined: JoinedStream, digest: str, pieces: int, first_token_s: float, duration_s: float
