@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import aiohttp
 import anthropic
 import httpx
 import httpx2
@@ -20,6 +21,7 @@ from ai_agent_server.errors import (
     EngineTimeoutError,
     EngineUnreachableError,
 )
+from ai_agent_server.llm_engines import _event_source as event_source
 from ai_agent_server.llm_engines import _llama_http as llama_http
 from ai_agent_server.llm_engines.api.anthropic_engine import AnthropicEngine
 from ai_agent_server.llm_engines.api.openai_engine import OpenAIEngine
@@ -263,3 +265,44 @@ async def test_a_connection_lost_before_an_answer_is_unreachable_and_after_it_a_
     with pytest.raises(EngineProtocolError), engine._translated():
         raise httpx2.ReadError("reset")
     await engine.aclose()
+
+
+def aiohttp_errors() -> list[type[Any]]:
+    """Every class that aiohttp raises from a request."""
+    return sorted(
+        (error for error in family(aiohttp.ClientError) if error.__module__.startswith("aiohttp")), key=str
+    )
+
+
+def aiohttp_made(error: type[Any]) -> Exception:
+    """One of it, without the parts that only its words need."""
+    silent = {"__init__": lambda self: None, "__str__": lambda self: "said"}
+    made: Exception = type(error.__name__, (error,), silent)()
+    return made
+
+
+AIOHTTP: dict[str, type[EngineError]] = {
+    "ConnectionTimeoutError": EngineTimeoutError,
+    "SocketTimeoutError": EngineTimeoutError,
+    "ServerTimeoutError": EngineTimeoutError,
+    "InvalidURL": EngineRequestError,
+    "InvalidUrlClientError": EngineRequestError,
+    "InvalidUrlRedirectClientError": EngineRequestError,
+    "NonHttpUrlClientError": EngineRequestError,
+    "NonHttpUrlRedirectClientError": EngineRequestError,
+    "ClientHttpProxyError": EngineUnreachableError,
+    "ServerFingerprintMismatch": EngineUnreachableError,
+}
+"""Beside those of a connection that could not be made; all others mean a cut answer."""
+
+
+@pytest.mark.parametrize("error", aiohttp_errors())
+@pytest.mark.parametrize("connecting", [False, True])
+def test_every_error_of_aiohttp_becomes_ours(error: type[Any], connecting: bool) -> None:
+    cause = aiohttp_made(error)
+    ours = event_source.translate(cause, engine="it", timeouts=EngineTimeouts(), connecting=connecting)
+    if issubclass(error, aiohttp.ClientConnectorError):
+        wanted: type[EngineError] = EngineUnreachableError
+    else:
+        wanted = AIOHTTP.get(error.__name__, EngineUnreachableError if connecting else EngineProtocolError)
+    assert type(ours) is wanted

@@ -1,13 +1,16 @@
-"""OpenAI, and every server that speaks its chat completions, through the `openai` client."""
+"""OpenAI, and every server that speaks its chat completions.
+
+Chats go over the wire as it is, which costs a sixth of what the `openai` client does for each; that
+client asks for vectors and for the list of models.
+"""
 
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Literal
 
 import httpx2
 import msgspec
 import openai
-from openai.types.chat import ChatCompletionChunk
 
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, JSONObject
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
@@ -20,6 +23,7 @@ from ai_agent_server.errors import (
 )
 from ai_agent_server.llm_engines import _openai_wire as wire
 from ai_agent_server.llm_engines import _vectors
+from ai_agent_server.llm_engines._event_source import EventSource
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import in_stream, refusal, retry_after_s
 from ai_agent_server.llm_engines.base import EngineSpec, ModelCard
@@ -71,37 +75,32 @@ class OpenAIEngine:
                 follow_redirects=False,
             ),
         )
+        self._chats = EventSource(
+            options.base_url.rstrip("/") + "/chat/completions",
+            headers=_headers(spec, options),
+            engine=spec.name,
+            timeouts=spec.timeouts,
+            secret=spec.api_key,
+            # What a server on this machine is asked must not leave it by a proxy.
+            trust_env=not is_loopback_url(options.base_url),
+        )
         # The client has taken these from the environment; they are for OpenAI alone.
         self._client.organization, self._client.project = options.organization, options.project
         self._client.admin_api_key = None
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`."""
-        name, secret = self._spec.name, self._spec.api_key
+        name = self._spec.name
         pace = Pace(self._spec.timeouts, name)
-        answer = wire.Answer(engine=name, secret=secret)
-        with self._translated(connecting=True):
-            async with pace.waiting():
-                # The body is built by our own wire module; the client's typed parameters would only
-                # be filled from it. It sends `extra_body` over the ones that it asks for.
-                chunks = await self._client.chat.completions.create(
-                    model=self._spec.model, messages=[], stream=True, extra_body=self._body(request)
-                )
-        try:
-            with self._translated():
-                while True:
-                    async with pace.waiting():
-                        chunk = await anext(chunks, None)
-                    if chunk is None:
-                        break
-                    delta = answer.take(_plain(chunk, name))
-                    if answer.progressed:
-                        pace.progress()
-                    if delta is not None:
-                        yield delta
-            yield answer.end()
-        finally:
-            await chunks.close()
+        answer = wire.Answer(engine=name, secret=self._spec.api_key)
+        async with aclosing(self._chats.events(msgspec.json.encode(self._body(request)), pace)) as events:
+            async for event in events:
+                delta = answer.take(wire.decode_chunk(event, engine=name))
+                if answer.progressed:
+                    pace.progress()
+                if delta is not None:
+                    yield delta
+        yield answer.end()
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
         """The vectors of the inputs."""
@@ -139,6 +138,7 @@ class OpenAIEngine:
 
     async def aclose(self) -> None:
         """Close every socket."""
+        await self._chats.aclose()
         await self._client.close()
 
     def _body(self, request: ChatRequest) -> JSONObject:
@@ -165,12 +165,13 @@ class OpenAIEngine:
             raise translate(exc, spec=self._spec, connecting=connecting) from exc
 
 
-def _plain(chunk: ChatCompletionChunk, engine: str) -> wire.Chunk:
-    """The client builds its chunks unchecked; here they are."""
-    try:
-        return msgspec.convert(chunk, wire.Chunk, from_attributes=True)
-    except msgspec.ValidationError as exc:
-        raise EngineProtocolError("a chunk of the answer is malformed", engine=engine) from exc
+def _headers(spec: EngineSpec, options: OpenAIEngine.Options) -> dict[str, str]:
+    given = {
+        "Authorization": f"Bearer {spec.api_key}" if spec.api_key else None,
+        "OpenAI-Organization": options.organization,
+        "OpenAI-Project": options.project,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def translate(exc: Exception, *, spec: EngineSpec, connecting: bool) -> EngineError:
