@@ -39,7 +39,7 @@ from ai_agent_server.gateway.tool_runner import ReadyTool
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 from ai_agent_server.sandbox._choose import choose_sandbox
 from ai_agent_server.sandbox.base import SandboxProbe
-from ai_agent_server.surfaces import surfaces_for
+from ai_agent_server.surfaces import operations, surfaces_for
 from ai_agent_server.tasks_state.base import StoreHealth, TaskStore
 
 log = structlog.get_logger(__name__)
@@ -298,6 +298,7 @@ async def running(
             store=store_watch.gauge,
         )
         engine.observe(metrics.observe)
+        engine.observe(door.observe)
         handler = McpHandler(
             engine,
             channel,
@@ -364,6 +365,7 @@ async def running(
                     environ=environ,
                     more=surfaces.handlers,
                     refused=surfaces.refused,
+                    described=operations(),
                 ),
                 origins=door.origins,
             ),

@@ -17,6 +17,7 @@ from ai_agent_server.core.task_packet import (
     FeedbackReceived,
     Limits,
     Progress,
+    Sender,
     Submitted,
     TaskDraft,
     TaskEvent,
@@ -82,7 +83,12 @@ class OrchestrationDouble:
             raise failing
 
     async def submit(
-        self, draft: TaskDraft, *, via: Via, idempotency_key: str | None = None
+        self,
+        draft: TaskDraft,
+        *,
+        via: Via,
+        idempotency_key: str | None = None,
+        sender: Sender | None = None,
     ) -> tuple[TaskPacket, bool]:
         """See `Orchestration.submit`."""
         self._fail()

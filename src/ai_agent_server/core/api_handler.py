@@ -20,6 +20,7 @@ from msgspec import UNSET
 
 from ai_agent_server.config.settings import LLMSettings, RoleSettings, Settings, json_schema, secret
 from ai_agent_server.core import api_document
+from ai_agent_server.core.api_operations import Operation
 from ai_agent_server.core.api_schemas import (
     INTERNAL,
     JSON,
@@ -52,6 +53,7 @@ from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
     FeedbackDraft,
     Progress,
+    Sender,
     StepFinished,
     TaskDraft,
     TaskPacket,
@@ -101,6 +103,7 @@ def create_app(
     write_timeout_s: float = WRITE_TIMEOUT_S,
     more: Sequence[HTTPRouteHandler | ASGIRouteHandler] = (),
     refused: Callable[[AnyRequest, Exception], Response[bytes] | None] = lambda _request, _exc: None,
+    described: Sequence[Operation] = (),
 ) -> Litestar:
     """The ASGI application.
 
@@ -108,7 +111,8 @@ def create_app(
     `environ` is where the keys of LLMs are looked for, to say whether they are set.
     `guard` lets a request in or raises an `AccessError`. `reload` raises `ConfigurationError` and
     then has changed nothing. `more` are other surfaces' routes; `refused` answers an error in the form
-    of such a surface, or None where the path is none of theirs.
+    of such a surface, or None where the path is none of theirs; `described` is what the API's document
+    says of them.
     """
     tasks = TaskRoutes(
         engine=engine,
@@ -125,6 +129,7 @@ def create_app(
         reload=reload,
         version=version,
         environ=environ or {},
+        described=described,
     )
     handlers = [*tasks.handlers(), *server.handlers(), *more]
 
@@ -134,10 +139,16 @@ def create_app(
 
         return handler
 
+    async def at_the_door(
+        connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler
+    ) -> None:
+        # Litestar runs a guard that is not async in a thread, which costs more than all of its work.
+        guard(connection, handler)
+
     return Litestar(
         # Litestar's own OPTIONS of a path knows the first method that was registered there, and only it.
         route_handlers=[*_options(handlers), *handlers],
-        guards=[guard],
+        guards=[at_the_door],
         exception_handlers={
             AgentServerError: in_form(_on_our_error),
             HTTPException: in_form(_on_refusal),
@@ -171,7 +182,7 @@ class TaskRoutes:
     def handlers(self) -> list[HTTPRouteHandler]:
         """The routes."""
         return [
-            post("/api/v1/{profile:str}/{role:str}")(self.submit),
+            post("/api/v1/{profile:str}/{role:str}", opt={"chooses_llms": True})(self.submit),
             get("/api/v1/tasks")(self.list),
             get("/api/v1/tasks/{task_id:str}")(self.read),
             delete("/api/v1/tasks/{task_id:str}", status_code=204)(self.delete),
@@ -186,14 +197,16 @@ class TaskRoutes:
         """Take a task; 202 when its file is safe, 200 when it ended in time or came before."""
         query = _query(request, SubmitQuery)
         key = _idempotency_key(request)
-        is_local = _asks_for_local(request)
+        is_local = _asks_for_local(request) or _caller(request).privacy == "local"
         draft = decode(await self._body(request), TaskDraft)
         _same("profile", draft.profile, profile)
         _same("role", draft.role, role)
         draft = msgspec.structs.replace(
             draft, profile=profile, role=role, privacy="local" if is_local else draft.privacy
         )
-        packet, is_new = await self._engine.submit(draft, via="rest", idempotency_key=key)
+        packet, is_new = await self._engine.submit(
+            draft, via="rest", idempotency_key=key, sender=_sender(request)
+        )
 
         preferred = _preferred_wait_s(request)
         wait_s = preferred if query.wait is UNSET else query.wait
@@ -287,6 +300,7 @@ class ServerRoutes:
         reload: Callable[[], Awaitable[ReloadReport]],
         version: str,
         environ: Mapping[str, str],
+        described: Sequence[Operation],
     ) -> None:
         self._environ = environ
         self._balancer = balancer
@@ -294,7 +308,7 @@ class ServerRoutes:
         self._health = health
         self._metrics = metrics
         self._reload = reload
-        self._document = api_document.document(version)
+        self._document = api_document.document(version, described)
 
     def handlers(self) -> list[HTTPRouteHandler]:
         """The routes."""
@@ -469,6 +483,18 @@ def _idempotency_key(request: AnyRequest) -> str | None:
             "not an idempotency key", pointer="Idempotency-Key", expected="1 to 255 visible ASCII characters"
         )
     return key
+
+
+def _caller(request: AnyRequest) -> Any:
+    """Who calls, as the guard has found."""
+    return request.scope["state"]["caller"]
+
+
+def _sender(request: AnyRequest) -> Sender | None:
+    """Under which names the work is counted, None where there is none."""
+    caller = _caller(request)
+    sender = Sender(key=caller.key, project=caller.project)
+    return sender if sender != Sender() else None
 
 
 def _asks_for_local(request: AnyRequest) -> bool:

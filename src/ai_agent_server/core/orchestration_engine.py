@@ -52,6 +52,7 @@ from ai_agent_server.core.task_packet import (
     Progress,
     Recovered,
     Rejected,
+    Sender,
     Started,
     StepFinished,
     StepStarted,
@@ -205,7 +206,12 @@ class OrchestrationEngine:
         }
 
     async def submit(
-        self, draft: TaskDraft, *, via: Via, idempotency_key: str | None = None
+        self,
+        draft: TaskDraft,
+        *,
+        via: Via,
+        idempotency_key: str | None = None,
+        sender: Sender | None = None,
     ) -> tuple[TaskPacket, bool]:
         """See `Orchestration.submit`."""
         if not self._accepting:
@@ -217,7 +223,8 @@ class OrchestrationEngine:
         # Reserved before the write, so that many submissions at once cannot pass the bound together.
         self._reserved += 1
         try:
-            kept, created = await self._store.create(packet, [Submitted(at=packet.created_at, via=via)])
+            submitted = Submitted(at=packet.created_at, via=via, sender=sender)
+            kept, created = await self._store.create(packet, [submitted])
         finally:
             self._reserved -= 1
         if created:

@@ -10,6 +10,7 @@ from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
     FeedbackDraft,
     Progress,
+    Sender,
     TaskDraft,
     TaskPacket,
     Via,
@@ -80,7 +81,12 @@ class Orchestration(Protocol):
     """The orchestration engine, as REST, NATS and the gateway use it. Errors are those of errors.py."""
 
     async def submit(
-        self, draft: TaskDraft, *, via: Via, idempotency_key: str | None = None
+        self,
+        draft: TaskDraft,
+        *,
+        via: Via,
+        idempotency_key: str | None = None,
+        sender: Sender | None = None,
     ) -> tuple[TaskPacket, bool]:
         """Take a task; `draft.profile` and `draft.role` are set. Answers when its file is safe.
 

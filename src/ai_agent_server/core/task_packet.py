@@ -184,10 +184,18 @@ class TaskEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
     seq: int = 0
 
 
-class Submitted(TaskEvent, frozen=True, kw_only=True, tag="task.submitted"):
+class Sender(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Under which names the work is counted: a key's, never its secret, and a project's."""
+
+    key: str = ""
+    project: str = ""
+
+
+class Submitted(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="task.submitted"):
     """The packet was accepted and is safe."""
 
     via: Via
+    sender: Sender | None = None
 
 
 class Started(TaskEvent, frozen=True, kw_only=True, tag="task.started"):

@@ -15,6 +15,7 @@ from litestar.handlers import BaseRouteHandler
 
 from ai_agent_server.config.settings import KeyScope, Settings
 from ai_agent_server.core.chat import ChatRequest, ChatUsage, Tier
+from ai_agent_server.core.task_packet import AnyTaskEvent, StepFinished, Submitted, TaskPacket
 from ai_agent_server.durable import translated, write_whole
 from ai_agent_server.errors import (
     ConfigurationError,
@@ -40,12 +41,14 @@ from ai_agent_server.gateway.limits import (
 from ai_agent_server.gateway.projects import Projects
 from ai_agent_server.loopback import is_loopback_url
 
-__all__ = ("COUNTED", "SCOPE", "Access", "Door", "access_for")
+__all__ = ("CHOOSES_LLMS", "COUNTED", "SCOPE", "Access", "Door", "access_for")
 
 log = structlog.get_logger(__name__)
 
 SCOPE: Final = "scope"
 """A route's `opt` of this name says which scope it needs; else its path does."""
+CHOOSES_LLMS: Final = "chooses_llms"
+"""A route's `opt` of this name, True, is closed to a key that is for some LLMs only."""
 COUNTED: Final = "counted"
 """A route's `opt` of this name, False, keeps a POST from being counted as a request for work."""
 LOOK_S: Final = 1.0
@@ -194,6 +197,10 @@ class Door:
                 f"the key {caller.key!r} is not for this: it needs the scope {needed!r} and has "
                 f"{', '.join(sorted(caller.scopes)) or 'none'}"
             )
+        if caller.allowed_llms and handler.opt.get(CHOOSES_LLMS):
+            raise ScopeError(
+                f"the key {caller.key!r} is for some LLMs only, and the steps of a task choose their own"
+            )
         if scope["method"] == "POST" and needed in _COUNTED_SCOPES and handler.opt.get(COUNTED, True):
             self._take(self._shares_of(caller), Amounts(requests=1), caller)
 
@@ -250,6 +257,22 @@ class Door:
         return standing_headers(
             {unit: self._limiter.standing(shares, unit, now_s) for unit in ("requests", "tokens")}
         )
+
+    def observe(self, packet: TaskPacket, events: tuple[AnyTaskEvent, ...]) -> None:
+        """Charge what tasks use to who sent them. An `EventListener`."""
+        sender = next((event.sender for event in packet.history[:1] if isinstance(event, Submitted)), None)
+        if sender is None:
+            return
+        for event in events:
+            if isinstance(event, StepFinished) and event.call is not None:
+                call = event.call
+                self.charge(
+                    Caller(key=sender.key, project=sender.project),
+                    ChatUsage(input_tokens=call.input_tokens, output_tokens=call.output_tokens),
+                    llm=call.llm,
+                    gpu_s=call.duration_ms / 1000 if call.source == "local" else 0.0,
+                    cost_usd=call.cost_usd,
+                )
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._restore)
