@@ -145,6 +145,30 @@ def test_items_become_turns_and_calls_made_at_once_are_one_turn() -> None:
     )
 
 
+def test_instructions_are_one_message_at_the_beginning_and_later_ones_are_told_by_the_user() -> None:
+    request = asked(
+        instructions="Be brief.",
+        input=[
+            {"role": "developer", "content": "Use tools."},
+            {"role": "system", "content": "No jokes."},
+            {"role": "user", "content": "Hi"},
+            {"role": "developer", "content": "It is late."},
+            {"role": "user", "content": "Go on"},
+        ],
+    )
+    assert request.messages == (
+        message("system", "Be brief.\n\nUse tools.\n\nNo jokes."),
+        message("user", "Hi"),
+        message("user", "<system-reminder>\nIt is late.\n</system-reminder>"),
+        message("user", "Go on"),
+    )
+
+
+def test_what_is_only_told_is_asked() -> None:
+    request = asked(instructions="Be brief.", input=[{"role": "developer", "content": "Say hi."}])
+    assert request.messages == (message("system", "Be brief."), message("user", "Say hi."))
+
+
 def test_a_custom_call_of_an_earlier_turn_is_told_as_the_function_that_stands_for_it() -> None:
     request = asked(
         tools=[PATCH],

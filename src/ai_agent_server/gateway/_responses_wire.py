@@ -7,6 +7,7 @@ more with every version. What was asked for and cannot be had is refused, not fo
 import hashlib
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
@@ -33,6 +34,7 @@ NAME_CHARS = 64
 T = TypeVar("T")
 
 _DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,([A-Za-z0-9+/=\s]*)", re.IGNORECASE)
+_ASIDE = "<system-reminder>\n{text}\n</system-reminder>"
 _ROLES: dict[str, ChatRole] = {
     "user": "user",
     "assistant": "assistant",
@@ -240,12 +242,29 @@ def _messages(draft: ResponsesDraft, offered: dict[str, Offered]) -> tuple[Messa
         known = {(each.namespace, each.name): name for name, each in offered.items()}
         for index, raw in enumerate(draft.input):
             _add_item(messages, raw, f"/input/{index}", known)
-    if not any(message.role != "system" for message in messages):
-        if not messages:
-            raise InvalidPacketError("there is nothing to answer", pointer="/input", expected="text or items")
-        # Chat templates want somebody to answer to.
-        messages[-1] = msgspec.structs.replace(messages[-1], role="user")
-    return tuple(messages)
+    if not messages:
+        raise InvalidPacketError("there is nothing to answer", pointer="/input", expected="text or items")
+    return _one_system_message(messages)
+
+
+def _one_system_message(messages: list[Message]) -> tuple[Message, ...]:
+    """What stands before the conversation as one message; what stands in it, told by the user.
+
+    Most chat templates take one system message, at the beginning, and want somebody to answer to.
+    """
+    leading = list(takewhile(lambda message: message.role == "system", messages[:-1]))
+    text = "\n\n".join(message.text for message in leading if message.text)
+    rest = messages[len(leading) :]
+    first = (_text_message("system", text),) if text else ()
+    if len(rest) == 1 and rest[0].role == "system":
+        return (*first, msgspec.structs.replace(rest[0], role="user"))
+    return (
+        *first,
+        *(
+            _text_message("user", _ASIDE.format(text=message.text)) if message.role == "system" else message
+            for message in rest
+        ),
+    )
 
 
 def _add_item(
