@@ -10,9 +10,10 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 import structlog
 from litestar import Litestar, Request, Response, delete, get, patch, post, route
+from litestar.connection import ASGIConnection
 from litestar.enums import MediaType
 from litestar.exceptions import HTTPException
-from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
+from litestar.handlers import ASGIRouteHandler, BaseRouteHandler, HTTPRouteHandler
 from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 from litestar.types import Guard
@@ -139,9 +140,7 @@ def create_app(
 
         return handler
 
-    async def at_the_door(
-        connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler
-    ) -> None:
+    async def at_the_door(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
         # Litestar runs a guard that is not async in a thread, which costs more than all of its work.
         guard(connection, handler)
 
