@@ -123,6 +123,26 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
             held={**self.held, llm: msgspec.structs.replace(held, mb=most_mb, measured=True)},
         )
 
+    def estimated(self, llm: str, memory_mb: float) -> "MemoryLedger":
+        """Of its file, `llm` looks as if it took `memory_mb`."""
+        footprint = msgspec.structs.replace(self.footprints[llm], estimated_mb=memory_mb)
+        return msgspec.structs.replace(self, footprints={**self.footprints, llm: footprint})
+
+    def configured(self, footprints: dict[str, Footprint], *, anew: Iterable[str] = ()) -> "MemoryLedger":
+        """These are the models now. What was found out stays, but not of those that changed: `anew`."""
+        kept = {
+            llm: msgspec.structs.replace(
+                footprint,
+                estimated_mb=self.footprints[llm].estimated_mb,
+                measured_mb=self.footprints[llm].measured_mb,
+            )
+            if llm in self.footprints and llm not in set(anew)
+            else footprint
+            for llm, footprint in footprints.items()
+        }
+        gone = {llm: self.footprints[llm] for llm in self.held if llm not in kept}
+        return msgspec.structs.replace(self, footprints={**kept, **gone})
+
     def external(self, memory_mb: float) -> "MemoryLedger":
         """Other programs take `memory_mb`."""
         return msgspec.structs.replace(self, external_mb=max(0.0, memory_mb))

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from ai_agent_server.load_balancer.memory_ledger import MemoryLedger
+from ai_agent_server.load_balancer.memory_ledger import Footprint, MemoryLedger
 
 Urgency = Literal["interactive", "batch", "background"]
 State = Literal["cold", "loading", "warm", "unloading"]
@@ -109,12 +109,45 @@ class ExternalMemory(msgspec.Struct, frozen=True, kw_only=True):
     memory_mb: float
 
 
+class Sized(msgspec.Struct, frozen=True, kw_only=True):
+    """`llm` is estimated, from its file, to take so much."""
+
+    llm: str
+    memory_mb: float
+
+
+class Configured(msgspec.Struct, frozen=True, kw_only=True):
+    """These are the models from now on. The engines of those `replaced`, and of those left out, are going."""
+
+    models: dict[str, Model]
+    footprints: dict[str, Footprint]
+    rules: Rules
+    replaced: frozenset[str] = frozenset()
+
+
+class Retired(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine that a `Configured` sent away is closed: what it held of `llm` is free."""
+
+    llm: str
+
+
 class Tick(msgspec.Struct, frozen=True, kw_only=True):
     """Time went by."""
 
 
 Event: TypeAlias = (
-    Arrived | Left | Finished | Loaded | LoadFailed | Unloaded | Measured | ExternalMemory | Tick
+    Arrived
+    | Left
+    | Finished
+    | Loaded
+    | LoadFailed
+    | Unloaded
+    | Measured
+    | ExternalMemory
+    | Sized
+    | Configured
+    | Retired
+    | Tick
 )
 
 # Effects
@@ -250,6 +283,9 @@ class _Seat:
     regret: float = math.inf
     """How often, of late, it was wanted again before the one that it made room for was even loaded."""
     went_for: "_Seat | None" = None
+    retiring: bool = False
+    """Its engine is being closed; whoever closes it says `Retired`."""
+    configured: bool = True
 
     @property
     def name(self) -> str:
@@ -351,6 +387,12 @@ class Scheduler:
 
     # What is asked of it
 
+    def wait_s(self, llm: str) -> float:
+        """What a request for `llm` that came now would wait, estimated."""
+        seat = self._seats[llm]
+        before = max(0, seat.queued + 1 + seat.busy - seat.model.slots)
+        return self._ready_in_s(seat) + before / seat.model.slots * seat.service_s
+
     @property
     def wake_s(self) -> float:
         """When a `Tick` is due at the latest, if nothing else comes before; may be infinite."""
@@ -394,12 +436,14 @@ class Scheduler:
                 self._load_failed(self._seats[llm])
             case Unloaded(llm=llm):
                 self._unloaded(self._seats[llm])
-            case Measured(llm=llm, memory_mb=memory_mb):
-                # Half loaded it would look small.
-                if self._seats[llm].state == "warm":
-                    self.ledger = self.ledger.measured(llm, memory_mb)
-            case ExternalMemory(memory_mb=memory_mb):
-                self.ledger = self.ledger.external(memory_mb)
+            case Measured() | Sized() | ExternalMemory():
+                self.ledger = self._learned(event)
+            case Configured():
+                self._configured(event)
+            case Retired(llm=llm):
+                if llm in self._seats and self._seats[llm].retiring:
+                    self._seats[llm].retiring = False
+                    self._go(self._seats[llm])
             case Tick():
                 pass
         self._settle()
@@ -521,26 +565,58 @@ class Scheduler:
             if each.went_for is seat:
                 each.regret, each.went_for = _mean(each.regret, 0.0), None
         # Before anything else is decided: a model that another is to follow still serves a slotful.
-        self._fill(seat)
+        if not seat.retiring:
+            self._fill(seat)
 
     def _load_failed(self, seat: _Seat) -> None:
         if seat.state != "loading":
             return
-        self._become(seat, "cold")
-        self.ledger = self.ledger.release(seat.name)
+        self._go(seat)
+        if seat.retiring:
+            # Who waits by now waits for another engine.
+            seat.retiring = False
+            return
         seat.left_alone_until_s = self._now_s + self._rules.retry_s
         self._refuse_all(seat, self._rules.retry_s, "GQ-2 did not load")
 
     def _unloaded(self, seat: _Seat) -> None:
         # One that loads says itself how that ends: a look from before the load may come late.
-        if seat.state in {"warm", "unloading"}:
-            self._become(seat, "cold")
-            self.ledger = self.ledger.release(seat.name)
+        # And of one that retires, it is the new engine that says so.
+        if seat.state in {"warm", "unloading"} and not seat.retiring:
+            self._go(seat)
+
+    def _learned(self, event: Measured | Sized | ExternalMemory) -> MemoryLedger:
+        match event:
+            case ExternalMemory(memory_mb=memory_mb):
+                return self.ledger.external(memory_mb)
+            case Sized(llm=llm, memory_mb=memory_mb):
+                return self.ledger.estimated(llm, memory_mb)
+            case Measured(llm=llm, memory_mb=memory_mb):
+                # Half loaded it would look small.
+                warm = self._seats[llm].state == "warm"
+                return self.ledger.measured(llm, memory_mb) if warm else self.ledger
+
+    def _configured(self, event: Configured) -> None:
+        self._rules = event.rules
+        for name, seat in self._seats.items():
+            seat.configured = name in event.models
+            if not seat.configured or name in event.replaced:
+                self._refuse_all(seat, 0.0, "GQ-10 configured anew")
+                seat.retiring = seat.state != "cold"
+        for name, model in event.models.items():
+            if name in self._seats:
+                self._seats[name].model = model
+            else:
+                self._seats[name] = _Seat(model, since_s=self._now_s)
+        self.ledger = self.ledger.configured(event.footprints, anew=event.replaced)
 
     # Decisions
 
     def _settle(self) -> None:
-        """Every rule once, in the order of their numbers."""
+        """Every rule once."""
+        for seat in tuple(self._seats.values()):
+            if not seat.configured and seat.state == "cold" and not seat.busy:
+                del self._seats[seat.name]
         self._expire()
         self._relieve()
         self._advance_claim()
@@ -569,7 +645,7 @@ class Scheduler:
         over_mb, staying = -self.ledger.free_mb, []
         for name, held in self.ledger.held.items():
             seat = self._seats[name]
-            if seat.state == "unloading" or self._is_victim(seat):
+            if seat.state == "unloading" or seat.retiring or self._is_victim(seat):
                 over_mb -= held.mb
             elif seat.state == "warm":
                 staying.append(seat)
@@ -758,9 +834,13 @@ class Scheduler:
     def _unload_idle(self, seat: _Seat, why: str) -> None:
         if self._now_s < seat.left_alone_until_s:
             self._wake(seat.left_alone_until_s)
-        elif seat.state == "warm" and not seat.busy:
+        elif seat.state == "warm" and not seat.busy and not seat.retiring:
             self._become(seat, "unloading")
             self._out.append(Unload(llm=seat.name, why=why))
+
+    def _go(self, seat: _Seat) -> None:
+        self._become(seat, "cold")
+        self.ledger = self.ledger.release(seat.name)
 
     def _become(self, seat: _Seat, state: State) -> None:
         seat.state, seat.since_s = state, self._now_s
@@ -783,7 +863,7 @@ class Scheduler:
         return seat.state == "unloading" or self._draining(seat)
 
     def _draining(self, seat: _Seat) -> bool:
-        return seat.name in self._yielding or self._is_victim(seat)
+        return seat.retiring or seat.name in self._yielding or self._is_victim(seat)
 
     def _is_victim(self, seat: _Seat) -> bool:
         return self._claim is not None and any(victim is seat for victim in self._claim.victims)
