@@ -1,4 +1,4 @@
-"""Agents that mean no good, for the pure decisions: each makes the next move of a task, out of spite."""
+"""Agents that mean no good, each making the next move of a task out of spite; and what must hold after."""
 
 import random
 from collections.abc import Callable
@@ -6,7 +6,15 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from ai_agent_server.core.task_packet import TestReport
+from ai_agent_server.core.next_step import drafts
+from ai_agent_server.core.task_packet import (
+    InputRequired,
+    StepFinished,
+    StepStarted,
+    TaskPacket,
+    TaskStatus,
+    TestReport,
+)
 from ai_agent_server.core.workflow import END, Edge, Workflow
 
 GIANT = "x" * 500_000
@@ -173,3 +181,44 @@ def random_workflow(rng: random.Random) -> Workflow:
         max_same_step=rng.choice((1, 3, 1_000_000)),
         input_expires_s=rng.choice((1.0, 86_400.0)),
     )
+
+
+def check(packet: TaskPacket, workflow: Workflow) -> None:
+    """What holds of every task that has ended, found from its history by other means than the code's."""
+    limits = packet.limits
+    assert packet.status is TaskStatus.COMPLETED or packet.reason
+    calls = tokens = 0
+    cost_usd = 0.0
+    for event in packet.history:
+        if isinstance(event, StepFinished) and event.call is not None:
+            assert calls < limits.calls
+            assert tokens < limits.tokens
+            assert not limits.cost_usd or cost_usd < limits.cost_usd
+            calls += 1
+            tokens += event.call.input_tokens + event.call.output_tokens
+            cost_usd += event.call.cost_usd
+    assert (packet.usage.calls, packet.usage.tokens) == (calls, tokens)
+    hops = [e.hop for e in packet.history if isinstance(e, StepStarted | InputRequired) and e.hop]
+    assert sum(hop.feedback for hop in hops) <= limits.feedback_hops
+    assert all(hop.on and hop.why for hop in hops)
+    _check_best(packet, workflow)
+
+
+def _check_best(packet: TaskPacket, workflow: Workflow) -> None:
+    """A version that was made is kept, and none that was made is better."""
+    made = drafts(packet, workflow)
+    if not made or packet.status is TaskStatus.REJECTED:
+        return
+    assert packet.result is not None
+    kept = packet.result["artifact"]["content"]
+    versions = [draft for draft in made if draft.artifact.content == kept]
+    assert versions
+    reports = [draft.report for draft in made if draft.report is not None]
+    if not reports:
+        assert packet.result["verdict"] == "unverified"
+        return
+    mine = [draft.report for draft in versions if draft.report is not None]
+    passed = [report for report in reports if report.verdict == "pass"]
+    assert packet.result["verdict"] == "pass" or not passed
+    most = max(report.anchors_passed for report in passed or reports)
+    assert any(report.anchors_passed == most for report in mine)

@@ -18,7 +18,6 @@ from ai_agent_server.core.next_step import (
     RunStep,
     StillWaiting,
     deadline,
-    drafts,
     next_action,
 )
 from ai_agent_server.core.task_packet import (
@@ -38,11 +37,9 @@ from ai_agent_server.core.task_packet import (
     Submitted,
     TaskEvent,
     TaskPacket,
-    TaskStatus,
 )
 from ai_agent_server.core.transitions import fold
-from ai_agent_server.core.workflow import Workflow
-from tests.adversaries import KINDS, ROLES, Adversary, Move, random_workflow, report_of
+from tests.adversaries import KINDS, ROLES, Adversary, Move, check, random_workflow, report_of
 
 T = TypeVar("T")
 
@@ -215,54 +212,13 @@ def _artifact(code: str | None) -> Artifact | None:
     return None if code is None else Artifact(artifact_id=code[:40], kind="code", content=code)
 
 
-def check(world: World) -> None:
-    """What holds of every task that has ended, found from its history by other means than the code's."""
-    packet, limits = world.packet, world.packet.limits
-    assert packet.status is TaskStatus.COMPLETED or packet.reason
-    calls = tokens = 0
-    cost_usd = 0.0
-    for event in packet.history:
-        if isinstance(event, StepFinished) and event.call is not None:
-            assert calls < limits.calls
-            assert tokens < limits.tokens
-            assert not limits.cost_usd or cost_usd < limits.cost_usd
-            calls += 1
-            tokens += event.call.input_tokens + event.call.output_tokens
-            cost_usd += event.call.cost_usd
-    assert (packet.usage.calls, packet.usage.tokens) == (calls, tokens)
-    hops = [e.hop for e in packet.history if isinstance(e, StepStarted | InputRequired) and e.hop]
-    assert sum(hop.feedback for hop in hops) <= limits.feedback_hops
-    assert all(hop.on and hop.why for hop in hops)
-    assert world.worked_s <= limits.wall_s
-    check_best(packet, world.workflow)
-
-
-def check_best(packet: TaskPacket, workflow: Workflow) -> None:
-    """A version that was made is kept, and none that was made is better."""
-    made = drafts(packet, workflow)
-    if not made or packet.status is TaskStatus.REJECTED:
-        return
-    assert packet.result is not None
-    kept = packet.result["artifact"]["content"]
-    versions = [draft for draft in made if draft.artifact.content == kept]
-    assert versions
-    reports = [draft.report for draft in made if draft.report is not None]
-    if not reports:
-        assert packet.result["verdict"] == "unverified"
-        return
-    mine = [draft.report for draft in versions if draft.report is not None]
-    passed = [report for report in reports if report.verdict == "pass"]
-    assert packet.result["verdict"] == "pass" or not passed
-    most = max(report.anchors_passed for report in passed or reports)
-    assert any(report.anchors_passed == most for report in mine)
-
-
 def ended(kind: str, seed: int) -> TaskPacket:
     """A task of these agents, run to its end and looked at."""
     world = World(seed, KINDS[kind])
     try:
         packet = world.live()
-        check(world)
+        check(packet, world.workflow)
+        assert world.worked_s <= packet.limits.wall_s
     except AssertionError as exc:
         exc.add_note(f"kind={kind} seed={seed} events={world.packet.revision}")
         raise

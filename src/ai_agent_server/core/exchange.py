@@ -15,6 +15,8 @@ from ai_agent_server.load_balancer.estimate import input_tokens
 PROGRESS_EVERY_S = 0.25
 CUT = "error"
 """The finish_reason that is recorded for a call that gave no whole answer."""
+SLACK_PIECES = 16
+"""What an answer may have beyond its tokens before it is cut: an opening or an end that are no token."""
 MAX_ANSWER_CHARS = 2_000_000
 """More than any agent reads. An answer that has grown beyond it will not end by itself."""
 
@@ -72,7 +74,8 @@ class Exchange:
         self._used = True
         if (outcome := spent(self._packet.usage, self._packet.limits)) is not None:
             raise BudgetSpentError(outcome)
-        request, most_pieces = self._bounded(request)
+        prompt_tokens = input_tokens(request)
+        request, max_tokens = self._bounded(request, prompt_tokens)
         digest = hashlib.sha256(msgspec.json.encode(request.messages)).hexdigest()
         joined = JoinedStream()
         began = self._monotonic()
@@ -80,21 +83,31 @@ class Exchange:
         try:
             async with aclosing(self._llm.stream(request)) as deltas:
                 async for delta in deltas:
+                    if pieces >= max_tokens + SLACK_PIECES and delta.finish_reason is None:
+                        # The engine does not heed its bound, so the bound is kept here.
+                        joined.add(ChatDelta(finish_reason="length"))
+                        break
                     joined.add(delta)
                     elapsed_s = self._monotonic() - began
                     if delta.text or delta.tool_calls:
                         pieces += 1
                         first_token_s = first_token_s or elapsed_s
                     chars += _chars(delta)
-                    if pieces > most_pieces or chars > MAX_ANSWER_CHARS:
-                        raise EngineProtocolError("the answer went on beyond its bound", engine=joined.llm)
+                    if chars > MAX_ANSWER_CHARS:
+                        raise EngineProtocolError("the answer went on beyond any bound", engine=joined.llm)
                     if elapsed_s - told_s >= PROGRESS_EVERY_S:
                         told_s = elapsed_s
                         self._progress(joined, pieces, elapsed_s)
         finally:
             # Also when it broke or was cut off: what was used was used.
             if pieces or joined.finish_reason is not None:
-                self.call = self._record(joined, digest, pieces, first_token_s, self._monotonic() - began)
+                self.call = self._record(
+                    joined,
+                    digest,
+                    ChatUsage(input_tokens=prompt_tokens, output_tokens=pieces),
+                    first_token_s,
+                    self._monotonic() - began,
+                )
         reply = joined.reply(
             time_to_first_token_ms=first_token_s * 1000, duration_ms=(self._monotonic() - began) * 1000
         )
@@ -102,23 +115,27 @@ class Exchange:
         text = reply.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return msgspec.structs.replace(reply, text=text)
 
-    def _bounded(self, request: ChatRequest) -> tuple[ChatRequest, int]:
-        """The request with what is left of the task's limits, and how many pieces its answer may have."""
+    def _bounded(self, request: ChatRequest, prompt_tokens: int) -> tuple[ChatRequest, int]:
+        """The request with what is left of the task's limits, and how many tokens its answer may have."""
         used, limits = self._packet.usage, self._packet.limits
-        room = limits.tokens - used.tokens - input_tokens(request)
+        room = limits.tokens - used.tokens - prompt_tokens
         if room < 1:
             raise BudgetSpentError("budget_tokens")
         max_tokens = min(request.max_tokens or self._max_tokens, room)
         cost_left = None if limits.cost_usd is None else max(0.0, limits.cost_usd - used.cost_usd)
         route = msgspec.structs.replace(self._hints, privacy=self._privacy, max_cost_usd=cost_left)
-        # A piece holds a token or more; twice is for engines that cut finer than their tokenizer.
-        return msgspec.structs.replace(request, max_tokens=max_tokens, route=route), 2 * max_tokens + 16
+        return msgspec.structs.replace(request, max_tokens=max_tokens, route=route), max_tokens
 
     def _record(
-        self, joined: JoinedStream, digest: str, pieces: int, first_token_s: float, duration_s: float
+        self,
+        joined: JoinedStream,
+        digest: str,
+        counted: ChatUsage,
+        first_token_s: float,
+        duration_s: float,
     ) -> LLMCall:
-        # An engine that broke told no usage: every piece is a token at least.
-        usage = joined.usage if joined.usage.output_tokens else ChatUsage(output_tokens=pieces)
+        # An engine that broke, or was cut, told no usage: every piece is a token at least.
+        usage = joined.usage if joined.usage.output_tokens else counted
         return LLMCall(
             llm=joined.llm,
             model=joined.model,
