@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -16,6 +18,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from mcp import Client, MCPError, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
+from mcp_types import TextResourceContents
 
 from tests.servers.gateway import free_port
 from tests.servers.process import ServerProcess, scripted, write_config
@@ -38,7 +41,7 @@ REPLIES = (
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *replies: Any, slow: bool = False, **environ: str
+    folder: Path, *replies: Any, slow: bool = False, **environ: Any
 ) -> AsyncIterator[ServerProcess]:
     llms = scripted(*replies)
     if slow:
@@ -114,6 +117,30 @@ async def test_a_task_is_given_looked_at_and_ended(tmp_path: Path, era: Era) -> 
         same = PLAN | {"idempotency_key": "k-1"}
         first, second = [(await agent.call_tool("submit_task", same)).structured_content for _ in range(2)]
         assert first["task_id"] == second["task_id"]
+
+
+@ERAS
+async def test_tasks_are_resources_and_a_prompt_tells_how_to_give_one(tmp_path: Path, era: Era) -> None:
+    async with serving(tmp_path, '{"plan": ["Add them."]}') as server:
+        for connection in (f"{server.url}/mcp", bridge(server.url)):
+            async with Client(connection, mode=era) as agent:
+                task = (await agent.call_tool("submit_task", PLAN)).structured_content
+                listed = (await agent.list_resources()).resources[0]
+                assert listed.uri == f"task://{task['task_id']}"
+                assert listed.title == "developer/planner, completed"
+                (template,) = (await agent.list_resource_templates()).resource_templates
+                assert template.uri_template == "task://{task_id}"
+                (packet,) = (await agent.read_resource(listed.uri)).contents
+                assert isinstance(packet, TextResourceContents)
+                assert '"type":"task.completed"' in packet.text
+                for uri in ("task://nobody", "file:///etc/passwd"):
+                    with pytest.raises(MCPError, match="no such resource"):
+                        await agent.read_resource(uri)
+                (prompt,) = (await agent.list_prompts()).prompts
+                told = await agent.get_prompt(prompt.name, {"task": "Add two numbers."})
+                assert "Add two numbers." in str(told.messages[0].content)
+                with pytest.raises(MCPError, match="with a `task`"):
+                    await agent.get_prompt(prompt.name, {})
 
 
 @ERAS
@@ -250,6 +277,23 @@ async def test_a_key_is_asked_for_as_everywhere(tmp_path: Path) -> None:
         async with keyed, Client(streamable_http_client(f"{server.url}/mcp", http_client=keyed)) as agent:
             called = await agent.call_tool("classify", CLASSIFY)
             assert called.structured_content == {"label": "billing"}
+
+
+PAGE = Path(__file__).parents[2] / "doc" / "how_to" / "model_context_protocol.md"
+
+
+async def test_what_the_page_shows_works(tmp_path: Path) -> None:
+    (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"^```sh\n(curl.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    async with serving(tmp_path, *REPLIES) as server:
+        for words in ([sys.executable, "-c", program], ["sh", "-c", command]):
+            if words[0] == "sh" and shutil.which("curl") is None:
+                continue
+            words[-1] = words[-1].replace("http://127.0.0.1:3160", server.url)
+            child = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+            out, _ = await asyncio.wait_for(child.communicate(), LIMIT_S)
+            assert child.returncode == 0
+            assert b"billing" in out
 
 
 # --- standard input and output ---

@@ -65,6 +65,11 @@ class _Bridge:
             instructions=INSTRUCTIONS,
             on_list_tools=self._list,
             on_call_tool=self._call,
+            on_list_resources=self._resources,
+            on_list_resource_templates=self._templates,
+            on_read_resource=self._read,
+            on_list_prompts=self._prompts,
+            on_get_prompt=self._prompt,
         )
         async with stdio_server() as (read, write):
             await server.run(read, write, server.create_initialization_options())
@@ -91,6 +96,41 @@ class _Bridge:
             return types.CallToolResult(
                 content=[types.TextContent(type="text", text=str(exc))], is_error=True
             )
+
+    async def _resources(
+        self, _context: Any, params: types.PaginatedRequestParams | None
+    ) -> types.ListResourcesResult:
+        async with self._reading() as client:
+            return await client.list_resources(cursor=params.cursor if params is not None else None)
+
+    async def _templates(
+        self, _context: Any, _params: types.PaginatedRequestParams | None
+    ) -> types.ListResourceTemplatesResult:
+        async with self._reading() as client:
+            return await client.list_resource_templates()
+
+    async def _read(self, _context: Any, params: types.ReadResourceRequestParams) -> types.ReadResourceResult:
+        async with self._reading() as client:
+            return await client.read_resource(params.uri)
+
+    async def _prompts(
+        self, _context: Any, _params: types.PaginatedRequestParams | None
+    ) -> types.ListPromptsResult:
+        async with self._reading() as client:
+            return await client.list_prompts()
+
+    async def _prompt(self, _context: Any, params: types.GetPromptRequestParams) -> types.GetPromptResult:
+        async with self._reading() as client:
+            return await client.get_prompt(params.name, params.arguments)
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[Client]:
+        """As `_asking`, for what has no other answer than an error of the protocol."""
+        try:
+            async with self._asking() as client:
+                yield client
+        except ClientError as exc:
+            raise MCPError(types.INTERNAL_ERROR, str(exc)) from exc
 
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator[Client]:

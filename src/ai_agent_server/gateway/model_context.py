@@ -40,6 +40,7 @@ from ai_agent_server.errors import (
     TaskNotFoundError,
     UnknownRoleError,
 )
+from ai_agent_server.gateway._mcp_reading import Reading
 from ai_agent_server.gateway._mcp_tools import INSTRUCTIONS, OWN_TOOLS, OwnTool, definitions
 from ai_agent_server.gateway.caller import Caller, caller_of
 from ai_agent_server.gateway.serving import Serving
@@ -83,6 +84,7 @@ class ModelContext:
         self._runner, self._serving, self._orchestration = runner, serving, orchestration
         self._settings, self._clock, self._progress_s = settings, clock, progress_s
         self._checks = {name: PayloadCheck(tool.parameters, at="") for name, tool in OWN_TOOLS.items()}
+        reading = Reading(orchestration)
         self._stop = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
         self._sessions = StreamableHTTPSessionManager(
@@ -93,6 +95,11 @@ class ModelContext:
                 instructions=INSTRUCTIONS,
                 on_list_tools=self._list,
                 on_call_tool=self._call,
+                on_list_resources=reading.resources,
+                on_list_resource_templates=reading.templates,
+                on_read_resource=reading.read,
+                on_list_prompts=reading.prompts,
+                on_get_prompt=reading.prompt,
                 get_tool_input_schema=self._input_schema,
             ),
             session_idle_timeout=SESSION_IDLE_S,
