@@ -106,6 +106,16 @@ async def test_code_is_run_against_the_payloads_assertions() -> None:
     assert outcome.report.failing == ("assert f(2) == 3",)
 
 
+async def test_code_that_cannot_be_run_here_is_not_accepted() -> None:
+    task = Task("clerk", "formula", {"examples": ["assert f(1) == 2"]})
+    artifact = Artifact(artifact_id="a", kind="code", content="fn f() {}", language="rust")
+    task.finish("formula", Outcome(verdict="done", artifact=artifact))
+    outcome = await checked(task)
+    assert (outcome.verdict, outcome.why) == ("fail", "rust cannot be run here")
+    assert outcome.report is not None
+    assert outcome.report.verdict == "unverified"
+
+
 async def test_code_in_the_payload_is_checked_as_it_is() -> None:
     task = Task("clerk", "run", {"code": "def f(x): return x + 1", "proof": "assert f(1) == 2"})
     assert (await checked(task, options={"tests": "proof"})).verdict == "pass"

@@ -23,6 +23,8 @@ __all__ = ("CheckAgent",)
 
 TIER = "schema"
 """What stands for a sandbox tier in the report of a check that runs nothing."""
+RUNS = ("python", "python3", "py", "")
+"""Languages that can be run; "" is code of which nobody said what it is."""
 MAX_PROBLEMS = 20
 MAX_PROBLEM_CHARS = 300
 MAX_WHY_CHARS = 1_000
@@ -112,6 +114,10 @@ async def _run_code(context: AgentContext) -> Outcome:
     made = [draft.artifact for draft in drafts(context.packet, Workflow()) if draft.artifact.kind == "code"]
     if not made:
         return Outcome(verdict="fail", why="there is no code to run yet")
+    language = made[-1].language
+    if language not in RUNS:
+        report = TestReport(verdict="unverified", tier="none", detail=f"{language} cannot be run here")
+        return Outcome(verdict="fail", why=report.detail, report=report)
     report = await run_suite(
         context.sandbox,
         code=made[-1].content,

@@ -69,6 +69,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     calls: Count = 16
     tokens: Count = 60_000
+    """In and out. A call whose prompt alone would pass it, as estimated, is not begun."""
     wall_s: Amount = 900.0
     feedback_hops: Count = 8
     cost_usd: Amount | None = None
