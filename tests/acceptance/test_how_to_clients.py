@@ -58,7 +58,8 @@ async def run(*command: str, folder: Path, **environ: str) -> str:
     child = await asyncio.create_subprocess_exec(
         *command,
         cwd=folder,
-        env={**os.environ, "HOME": str(folder), **environ},
+        # opencode goes by PWD.
+        env={**os.environ, "HOME": str(folder), "PWD": str(folder), **environ},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
