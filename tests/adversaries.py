@@ -8,6 +8,7 @@ import msgspec
 
 from ai_agent_server.core.next_step import drafts
 from ai_agent_server.core.task_packet import (
+    FeedbackReceived,
     InputRequired,
     StepFinished,
     StepStarted,
@@ -207,11 +208,20 @@ def check(packet: TaskPacket, workflow: Workflow) -> None:
 def _check_best(packet: TaskPacket, workflow: Workflow) -> None:
     """A version that was made is kept, and none that was made is better."""
     made = drafts(packet, workflow)
+    makers = [
+        event
+        for event in packet.history
+        if isinstance(event, StepFinished | FeedbackReceived) and event.role in workflow.makers
+    ]
+    assert made or not any(event.artifact or event.output for event in makers)
     if not made or packet.status is TaskStatus.REJECTED:
         return
     assert packet.result is not None
-    kept = packet.result["artifact"]["content"]
-    versions = [draft for draft in made if draft.artifact.content == kept]
+    if "artifact" in packet.result:
+        kept = packet.result["artifact"]["content"]
+        versions = [draft for draft in made if draft.artifact.content == kept]
+    else:
+        versions = [draft for draft in made if draft.output == packet.result["output"]]
     assert versions
     reports = [draft.report for draft in made if draft.report is not None]
     if not reports:

@@ -61,6 +61,7 @@ class World:
         self.external = frozenset(rng.sample(ROLES, _often(rng, 0, 1, 2, 6)))
         self.crashes = _often(rng, 0.0, 0.05, 0.9, 1.0)
         self.meddles = _often(rng, 0.0, 0.1, 0.5)
+        self.documents = rng.random() < 0.3
         self.stubborn = rng.choice((None, "done", "fail", "more"))
         self.answers = _often(rng, 1.0, 0.9, 0.0)
         self.turn, self.worked_s = 0, 0.0
@@ -156,7 +157,8 @@ class World:
                 role=action.role,
                 outcome=move.outcome,
                 why=move.why,
-                artifact=_artifact(move.code),
+                artifact=None if self.documents else _artifact(move.code),
+                output={"text": move.code} if self.documents and move.code is not None else None,
                 report=move.report,
                 call=self.call(move) if move.talks else None,
                 error=ErrorDetail(code="x", message=move.why) if move.outcome == "invalid" else None,
@@ -198,6 +200,7 @@ class World:
                 outcome=outcome,
                 via="nats",
                 artifact=_artifact(f"outside {self.turn}" if rng.random() < 0.5 else None),
+                output={"text": "from outside"} if rng.random() < 0.3 else None,
                 report=report_of("fail", 1) if outcome == "fail" else None,
             )
         )
