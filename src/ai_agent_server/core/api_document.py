@@ -122,7 +122,9 @@ def _operation(operation: Operation) -> JSONObject:
                 for header in operation.headers
             ),
         ],
-        "responses": {str(answer.status): _answer(answer) for answer in operation.answers},
+        "responses": {
+            str(answer.status): _answer(answer) for answer in (*operation.answers, *operation.refusals)
+        },
     }
     if operation.about:
         described["description"] = operation.about
@@ -205,6 +207,8 @@ def _answer(answer: Answer) -> JSONObject:
     if answer.example is not None:
         content["example"] = _plain(answer.example)
     described["content"] = {answer.media_type: content}
+    if answer.is_also_streamed:
+        described["content"][EVENT_STREAM] = {}
     return described
 
 
@@ -226,7 +230,10 @@ def json_components(kinds: tuple[type[Any], ...]) -> JSONObject:
 def _components(told: Sequence[Operation]) -> JSONObject:
     kinds: dict[type[Any], None] = {Problem: None, Progress: None}
     for operation in told:
-        for kind in (operation.body, *(answer.kind for answer in operation.answers)):
+        for kind in (
+            operation.body,
+            *(answer.kind for answer in (*operation.answers, *operation.refusals)),
+        ):
             if kind is not None and kind is not dict:
                 kinds[kind] = None
     return json_components(tuple(kinds))

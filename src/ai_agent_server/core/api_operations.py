@@ -88,6 +88,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     media_type: str = JSON
     example: Any = None
     headers: tuple[Header, ...] = ()
+    is_also_streamed: bool = False
+    """With `stream` in the body it comes as server-sent events."""
     links_task: bool = False
     """The body is a task that other operations can be called with."""
 
@@ -108,11 +110,14 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     body_example: Any = None
     answers: tuple[Answer, ...]
     problems: tuple[type[errors.AgentServerError], ...] = ()
+    refusals: tuple[Answer, ...] = ()
+    """What it answers instead of problem details: the errors of a surface that has a form of its own."""
     is_public: bool = False
 
 
 TAGS = {
     "tasks": "Give work, follow it, end it.",
+    "llms": "LLMs in the forms of OpenAI's and Anthropic's APIs, for their SDKs and for coding agents.",
     "tools": "Small jobs on a text, answered at once.",
     "server": "What is configured, and how the LLM is chosen.",
     "observe": "Health, metrics, and this description.",
@@ -499,7 +504,9 @@ def operations() -> tuple[Operation, ...]:
 
 
 def problem_kinds(operation: Operation) -> dict[int, list[ProblemKind]]:
-    """What can go wrong in `operation`, by status."""
+    """What can go wrong in `operation` and is told as problem details, by status."""
+    if operation.refusals:
+        return {}
     kinds = [REFUSALS[400], problem_kind(errors.ForeignPageError)]
     if not operation.is_public:
         kinds.extend((problem_kind(errors.KeyNeededError), problem_kind(errors.ScopeError)))

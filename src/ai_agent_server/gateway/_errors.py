@@ -10,9 +10,18 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException
 
 from ai_agent_server import errors
+from ai_agent_server.core.api_operations import Answer
 from ai_agent_server.core.api_schemas import JSON
 
-__all__ = ("WireError", "openai_body", "openai_form", "refused", "wire_error")
+__all__ = (
+    "OpenAIErrorBody",
+    "WireError",
+    "openai_body",
+    "openai_form",
+    "openai_refusals",
+    "refused",
+    "wire_error",
+)
 
 log = structlog.get_logger(__name__)
 
@@ -35,15 +44,19 @@ class WireError(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str] = {}
 
 
-class _Error(msgspec.Struct, frozen=True, kw_only=True):
+class OpenAIError(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong. `param` is the place in the body, `code` a word for programs."""
+
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class _ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    error: _Error
+class OpenAIErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """An error in OpenAI's form."""
+
+    error: OpenAIError
 
 
 Form: TypeAlias = Callable[[WireError], Response[bytes]]
@@ -73,14 +86,47 @@ def wire_error(exc: BaseException) -> WireError:
 
 def openai_body(error: WireError) -> bytes:
     """`{"error": {message, type, param, code}}`, all four keys whatever they hold."""
-    said = _Error(message=error.message, type=error.type, param=error.param, code=error.code)
-    return msgspec.json.encode(_ErrorBody(error=said))
+    said = OpenAIError(message=error.message, type=error.type, param=error.param, code=error.code)
+    return msgspec.json.encode(OpenAIErrorBody(error=said))
 
 
 def openai_form(error: WireError) -> Response[bytes]:
     """The answer in OpenAI's form."""
     return Response(
         openai_body(error), media_type=JSON, status_code=error.status, headers=dict(error.headers)
+    )
+
+
+def openai_refusals() -> tuple[Answer, ...]:
+    """Every error of the OpenAI form, as the API's document tells it."""
+    told = {
+        400: ("The body is malformed, or cannot be served as it is.", "invalid_value", "input"),
+        401: ("No key of this server was shown.", "invalid_api_key", None),
+        403: ("The key, or the page that asks, is not for this.", "insufficient_permissions", None),
+        404: ("There is no such model.", "model_not_found", "model"),
+        409: ("The idempotency key was used before with another body.", "idempotency_conflict", None),
+        413: ("The body is too large.", "request_too_large", None),
+        415: ("The body is not declared as JSON.", "unsupported_media_type", None),
+        422: ("The task that a role was asked for failed.", "task_failed", None),
+        429: ("The caller's share is used up, or every LLM is busy; `Retry-After` says when to come again.",
+              "rate_limit_exceeded", None),
+        500: ("The server failed; its log says more.", "internal_error", None),
+        502: ("The LLM's engine failed.", "engine_failed", None),
+        503: ("No LLM may serve now.", "llm_unavailable", None),
+        504: ("The LLM's engine was silent for too long.", "engine_timeout", None),
+    }  # fmt: skip
+    return tuple(
+        Answer(
+            status=status,
+            about=about,
+            kind=OpenAIErrorBody,
+            example=OpenAIErrorBody(
+                error=OpenAIError(
+                    message=about, type=INVALID if status < 429 else FAILED, param=param, code=code
+                )
+            ),
+        )
+        for status, (about, code, param) in told.items()
     )
 
 

@@ -91,7 +91,7 @@ class OutputDetails(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_tokens: int = 0
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
+class ResponsesUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens as the engine counted them."""
 
     input_tokens: int
@@ -101,20 +101,20 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens_details: OutputDetails = OutputDetails()
 
 
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
+class ResponsesFailure(msgspec.Struct, frozen=True, kw_only=True):
     """Why an answer that had begun could not be finished."""
 
     code: ErrorCode
     message: str
 
 
-class Incomplete(msgspec.Struct, frozen=True, kw_only=True):
+class IncompleteDetails(msgspec.Struct, frozen=True, kw_only=True):
     """Why an answer is not whole."""
 
     reason: Literal["max_output_tokens", "content_filter"]
 
 
-class Response(msgspec.Struct, frozen=True, kw_only=True):
+class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
     """The Responses object, with every field that its published schema asks for."""
 
     id: str
@@ -125,9 +125,9 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["response"] = "response"
     completed_at: int | None = None
     output: tuple[Item, ...] = ()
-    usage: Usage | None = None
-    error: Failure | None = None
-    incomplete_details: Incomplete | None = None
+    usage: ResponsesUsage | None = None
+    error: ResponsesFailure | None = None
+    incomplete_details: IncompleteDetails | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     max_tool_calls: int | None = None
@@ -160,7 +160,7 @@ class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class _OfResponse(_Event, frozen=True, kw_only=True):
-    response: Response
+    response: ResponsesBody
 
 
 class Created(_OfResponse, frozen=True, kw_only=True, tag="response.created"):
@@ -353,7 +353,7 @@ class Answer:
         self._done: list[tuple[int, Item]] = []
         self._finish: FinishReason | None = None
         self._usage = ChatUsage()
-        self._base = Response(
+        self._base = ResponsesBody(
             id=f"resp_{self._id()}",
             created_at=int(now()),
             status="in_progress",
@@ -378,7 +378,7 @@ class Answer:
             user=draft.user,
         )
 
-    def whole(self, reply: ChatReply) -> Response:
+    def whole(self, reply: ChatReply) -> ResponsesBody:
         """The object for an answer that is there already."""
         calls = enumerate(reply.tool_calls)
         self.take(
@@ -415,7 +415,7 @@ class Answer:
         self._usage = delta.usage or self._usage
         return events
 
-    def ending(self) -> tuple[list[_Event], Response]:
+    def ending(self) -> tuple[list[_Event], ResponsesBody]:
         """After the last delta, which had a finish_reason."""
         cut = self._finish in {"length", "content_filter"}
         status: ItemStatus = "incomplete" if cut else "completed"
@@ -430,12 +430,12 @@ class Answer:
             model=self._model(),
             completed_at=None if cut else int(self._now()),
             output=self._output(),
-            incomplete_details=Incomplete(
+            incomplete_details=IncompleteDetails(
                 reason="max_output_tokens" if self._finish == "length" else "content_filter"
             )
             if cut
             else None,
-            usage=Usage(
+            usage=ResponsesUsage(
                 input_tokens=usage.input_tokens,
                 output_tokens=usage.output_tokens,
                 total_tokens=usage.input_tokens + usage.output_tokens,
@@ -451,7 +451,7 @@ class Answer:
             status="failed",
             model=self._model(),
             output=self._output(),
-            error=Failure(code=code, message=message),
+            error=ResponsesFailure(code=code, message=message),
         )
         return Failed(sequence_number=self._next(), response=response)
 

@@ -101,15 +101,19 @@ class _Namespace(msgspec.Struct, frozen=True):
     description: str | None = None
 
 
-class _Choice(msgspec.Struct, frozen=True):
+class ResponsesToolChoice(msgspec.Struct, frozen=True):
+    """A tool that has to be called, or (`allowed_tools`) those that may be."""
+
     type: str
     name: str | None = None
     namespace: str | None = None
     mode: Literal["auto", "required"] = "auto"
-    tools: tuple["_Choice", ...] = ()
+    tools: tuple["ResponsesToolChoice", ...] = ()
 
 
-class _Format(msgspec.Struct, frozen=True):
+class ResponsesFormat(msgspec.Struct, frozen=True):
+    """The form that the answer has to have."""
+
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
     schema: JSONObject | None = None
@@ -117,12 +121,16 @@ class _Format(msgspec.Struct, frozen=True):
     description: str | None = None
 
 
-class _Text(msgspec.Struct, frozen=True):
-    format: _Format | None = None
+class ResponsesText(msgspec.Struct, frozen=True):
+    """How the answer is written."""
+
+    format: ResponsesFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class _Reasoning(msgspec.Struct, frozen=True):
+class ResponsesReasoning(msgspec.Struct, frozen=True):
+    """How much the LLM should think; no engine is told."""
+
     effort: str | None = None
     summary: str | None = None
 
@@ -140,11 +148,11 @@ class ResponsesDraft(msgspec.Struct, frozen=True, kw_only=True):
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     tools: tuple[msgspec.Raw, ...] | None = None
     """`function`, `namespace` and `custom` tools are given to the LLM; hosted ones are left out."""
-    tool_choice: Literal["auto", "none", "required"] | _Choice | None = None
+    tool_choice: Literal["auto", "none", "required"] | ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    text: _Text | None = None
+    text: ResponsesText | None = None
     """`format`: text, json_object or json_schema."""
-    reasoning: _Reasoning | None = None
+    reasoning: ResponsesReasoning | None = None
     store: bool | None = None
     """Nothing is stored, whatever is asked; the answer says so."""
     metadata: dict[str, str] | None = None
@@ -443,7 +451,7 @@ def _known_as(namespace: str | None, name: str, known: dict[tuple[str | None, st
 
 
 def _chosen(
-    choice: Literal["auto", "none", "required"] | _Choice | None, offered: dict[str, Offered]
+    choice: Literal["auto", "none", "required"] | ResponsesToolChoice | None, offered: dict[str, Offered]
 ) -> tuple[tuple[Tool, ...], Literal["auto", "none", "required"]]:
     """The tools that may be called now, and whether one must be."""
     tools = tuple(each.tool for each in offered.values())
@@ -471,13 +479,13 @@ def _chosen(
     return allowed, "required"
 
 
-def _schema(asked: _Format | None) -> JSONObject | None:
+def _schema(asked: ResponsesFormat | None) -> JSONObject | None:
     match asked:
-        case _Format(type="json_schema", schema=schema):
+        case ResponsesFormat(type="json_schema", schema=schema):
             if schema is None:
                 raise InvalidPacketError("'schema' is missing", pointer="/text/format/schema")
             return _bounded(schema, "/text/format/schema")
-        case _Format(type="json_object"):
+        case ResponsesFormat(type="json_object"):
             return {"type": "object"}
         case _:
             return None

@@ -11,6 +11,7 @@ from litestar import Request, Response, post
 from litestar.handlers import HTTPRouteHandler
 
 from ai_agent_server.config.settings import Settings
+from ai_agent_server.core.api_operations import Answer, Operation
 from ai_agent_server.core.api_schemas import JSON
 from ai_agent_server.core.chat import ChatUsage, RouteHints
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
@@ -27,13 +28,13 @@ from ai_agent_server.errors import (
     ScopeError,
 )
 from ai_agent_server.gateway._asking import header_text, while_there
-from ai_agent_server.gateway._errors import wire_error
+from ai_agent_server.gateway._errors import openai_refusals, wire_error
 from ai_agent_server.gateway.caller import Accounts, Caller, caller_of
 from ai_agent_server.gateway.serving import Route
 from ai_agent_server.llm_engines.base import EmbeddingEngine
 from ai_agent_server.load_balancer import estimate
 
-__all__ = ("Embeddings", "EmbeddingsBody", "EmbeddingsDraft", "EmbeddingsRoutes")
+__all__ = ("Embeddings", "EmbeddingsBody", "EmbeddingsDraft", "EmbeddingsRoutes", "operations")
 
 AnyRequest: TypeAlias = Request[Any, Any, Any]
 
@@ -269,3 +270,34 @@ def _too_long(error: AgentServerError) -> ContextOverflowError | None:
         return None
     each = "; ".join(f"{llm}: {why}" for llm, why in able.items())
     return ContextOverflowError(f"an input is longer than the maximum context length ({each})")
+
+
+def operations() -> tuple[Operation, ...]:
+    """The route as the API's document tells it."""
+    return (
+        Operation(
+            method="post",
+            path="/v1/embeddings",
+            id="createEmbeddings",
+            tag="llms",
+            summary="Turn texts into vectors",
+            about="By an LLM with the capability `embeddings`. Nobody stands in for one that was named: "
+            "vectors of two models cannot be compared.",
+            query=None,
+            body=EmbeddingsDraft,
+            body_example={"model": "vectors", "input": ["a text", "another"]},
+            answers=(
+                Answer(
+                    status=200,
+                    about="A vector for each text, in their order.",
+                    kind=EmbeddingsBody,
+                    example=EmbeddingsBody(
+                        data=(EmbeddingRow(index=0, embedding=(0.25, -0.5, 0.75)),),
+                        model="vectors",
+                        usage=EmbeddingsUsage(prompt_tokens=2, total_tokens=2),
+                    ),
+                ),
+            ),
+            refusals=openai_refusals(),
+        ),
+    )

@@ -11,18 +11,28 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.response.base import ASGIResponse
 
 from ai_agent_server.config.settings import Settings
+from ai_agent_server.core.api_operations import Answer as DocumentedAnswer
+from ai_agent_server.core.api_operations import Operation
 from ai_agent_server.core.api_schemas import JSON
 from ai_agent_server.core.event_stream import ClientLeftError, EventStream, WhileConnected
 from ai_agent_server.core.request_body import read_body
 from ai_agent_server.errors import AgentServerError
 from ai_agent_server.gateway._asking import NO_LONGER_READ, tier_of
-from ai_agent_server.gateway._errors import WireError, wire_error
-from ai_agent_server.gateway._responses_events import Answer, ErrorCode, frame
-from ai_agent_server.gateway._responses_wire import decode, translate
+from ai_agent_server.gateway._errors import WireError, openai_refusals, wire_error
+from ai_agent_server.gateway._responses_events import (
+    Answer,
+    ErrorCode,
+    OutputMessage,
+    OutputText,
+    ResponsesBody,
+    ResponsesUsage,
+    frame,
+)
+from ai_agent_server.gateway._responses_wire import ResponsesDraft, decode, translate
 from ai_agent_server.gateway.caller import caller_of
 from ai_agent_server.gateway.serving import KeepAlive, Opened, Serving
 
-__all__ = ("ResponsesRoutes",)
+__all__ = ("ResponsesRoutes", "operations")
 
 AnyRequest: TypeAlias = Request[Any, Any, Any]
 
@@ -106,3 +116,48 @@ def _code(error: WireError) -> ErrorCode:
     if error.status == 429:
         return "rate_limit_exceeded"
     return "invalid_prompt" if error.status < 500 else "server_error"
+
+
+def operations() -> tuple[Operation, ...]:
+    """The route as the API's document tells it."""
+    return (
+        Operation(
+            method="post",
+            path="/v1/responses",
+            id="createResponse",
+            tag="llms",
+            summary="Answer in OpenAI's Responses form",
+            about="`model` is an LLM, a tier, a role (`developer/planner`) or `auto`. With `stream` the "
+            "answer comes as OpenAI's events, from `response.created` to `response.completed`, `.incomplete` or "
+            "`.failed`. Nothing is stored: `store` is false in every answer, and `previous_response_id` is "
+            "refused. Functions, namespaces of functions and custom tools are given to the LLM; hosted tools "
+            "are left out.",
+            query=None,
+            body=ResponsesDraft,
+            body_example={"model": "auto", "instructions": "Be brief.", "input": "Name a colour."},
+            answers=(
+                DocumentedAnswer(
+                    status=200,
+                    about="The whole answer, or its events.",
+                    kind=ResponsesBody,
+                    is_also_streamed=True,
+                    example=ResponsesBody(
+                        id="resp_01a1fcd08cc975928d2286079bf98aca",
+                        created_at=1795242888,
+                        completed_at=1795242889,
+                        status="completed",
+                        model="embedded",
+                        output=(
+                            OutputMessage(
+                                id="msg_01a1fcd08cc975928d228608fcb95926",
+                                status="completed",
+                                content=(OutputText(text="Blue."),),
+                            ),
+                        ),
+                        usage=ResponsesUsage(input_tokens=14, output_tokens=3, total_tokens=17),
+                    ),
+                ),
+            ),
+            refusals=openai_refusals(),
+        ),
+    )
