@@ -387,6 +387,16 @@ def test_where_no_code_is_made_what_a_maker_answers_is_the_work() -> None:
     assert "artifact" not in end.result
 
 
+def test_an_answer_that_does_not_obey_its_schema_may_have_a_route_of_its_own() -> None:
+    routes = {**CLERK.routes, "extract.invalid": (Edge(to="repair", at_most=1, feedback=True),)}
+    story = Story(packet(role="extract"), Workflow(makers=CLERK.makers, routes=routes, max_invalid_output=1))
+    story.step("invalid", why="'total' is a required property", call=call())
+    action = story.next()
+    assert isinstance(action, RunStep)
+    assert (action.role, action.hop.on) == ("repair", "extract.invalid")
+    assert "'total' is a required property" in action.hop.why
+
+
 def test_a_repair_that_changed_nothing_is_not_tried_again() -> None:
     story = Story(packet(role="extract"), CLERK)
     story.step("done", output={"total": "x"}, call=call())
