@@ -128,10 +128,10 @@ def operations() -> tuple[Operation, ...]:
             tag="llms",
             summary="Answer in OpenAI's Responses form",
             about="`model` is an LLM, a tier, a role (`developer/planner`) or `auto`. With `stream` the "
-            "answer comes as OpenAI's events, from `response.created` to `response.completed`, `.incomplete` or "
-            "`.failed`. Nothing is stored: `store` is false in every answer, and `previous_response_id` is "
-            "refused. Functions, namespaces of functions and custom tools are given to the LLM; hosted tools "
-            "are left out.",
+            "answer comes as OpenAI's events, from `response.created` to `response.completed`, `.incomplete` "
+            "or `.failed`. Nothing is stored: `store` is false in every answer, and `previous_response_id` "
+            "is refused. Functions, namespaces of functions and custom tools are given to the LLM; hosted "
+            "tools are left out.",
             query=None,
             body=ResponsesDraft,
             body_example={"model": "auto", "instructions": "Be brief.", "input": "Name a colour."},
