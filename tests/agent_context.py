@@ -72,6 +72,8 @@ def spec(profile: str, role: str, **changes: Any) -> RoleSpec:
         result_schema=settings.result_schema,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
+        temperature_again=settings.temperature_again,
+        stop=settings.stop,
         options=settings.options,
     )
     return msgspec.structs.replace(found, **changes)

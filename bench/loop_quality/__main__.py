@@ -6,7 +6,7 @@ python -m bench.loop_quality --problems 100:300 --out state/loop_quality/embedde
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -45,6 +45,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     temperature: float | None
     calls: int | None
+    at_once: int
 
 
 def parsed(arguments: Sequence[str] | None = None) -> Options:
@@ -64,7 +65,15 @@ def parsed(arguments: Sequence[str] | None = None) -> Options:
         help="of best_of_n's further draws; by default the loop's warmest coder's",
     )
     parser.add_argument("--calls", type=int, help="a task's limit of LLM calls; by default as configured")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="problems at the same time, no more than the LLM has slots; their seconds are then shared ones",
+    )
     given = parser.parse_args(arguments)
+    if given.at_once < 1:
+        parser.error("--at-once: at least 1")
     chosen = tuple(arm for arm in ARMS if arm in given.arms.split(","))
     if unknown := set(given.arms.split(",")) - set(ARMS):
         parser.error(f"--arms: {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
@@ -97,13 +106,19 @@ async def measure(options: Options, progress: Progress) -> Summary:
         profile_sha256=setup.profile_sha256(profile),
         program_sha256=setup.program_sha256(),
         data_sha256=problems.sha256(),
+        at_once=options.at_once,
     )
     with Lines(options.out, made_with) as lines:
-        run = _Run(chosen, options.arms, lines, progress)
+        run = _Run(chosen, options.arms, lines, progress, options.at_once)
         if run.todo():
             environ = configuration.environment()
             async with arms.running(
-                setup=made_with, settings=settings, folder=folder, sandbox=sandbox, environ=environ
+                setup=made_with,
+                settings=settings,
+                folder=folder,
+                sandbox=sandbox,
+                environ=environ,
+                at_once=options.at_once,
             ) as made:
                 await run.go_on(made)
         return summarise(made_with, figures.machine(options.out.parent), run.outcomes())
@@ -113,8 +128,14 @@ class _Run:
     """What of one measurement is there, and what is not."""
 
     def __init__(
-        self, chosen: Sequence[Problem], wanted: tuple[Arm, ...], lines: Lines, progress: Progress
+        self,
+        chosen: Sequence[Problem],
+        wanted: tuple[Arm, ...],
+        lines: Lines,
+        progress: Progress,
+        at_once: int,
     ) -> None:
+        self._at_once = at_once
         self._problems = {problem.task_id: problem for problem in chosen}
         self._wanted, self._lines, self._progress = wanted, lines, progress
         if "best_of_n" in wanted:
@@ -149,21 +170,42 @@ class _Run:
         bar = self._progress.add_task(
             arm, total=len(self._problems), completed=len(self._problems) - len(left)
         )
-        for task_id in left:
+
+        async def measure_one(task_id: int) -> None:
             problem = self._problems[task_id]
             self._lines.add(await (made.loop(problem) if arm == "loop" else made.one_call(problem)))
             self._progress.advance(bar)
+
+        await self._all(left, measure_one)
 
     async def _rounds(self, made: arms.Arms) -> None:
         budget = sum(line.tokens for line in self._lines.of("loop").values())
         bar = self._progress.add_task("best_of_n, tokens", total=budget)
         while problems_left := self._next_round():
-            for task_id in problems_left:
-                number = len(self._lines.draws()[task_id]) + 1
-                self._lines.add(await made.draw(self._problems[task_id], number))
-                spent = sum(line.tokens for drawn in self._lines.draws().values() for line in drawn)
-                self._progress.update(bar, completed=min(spent, budget))
+            numbers = {task_id: len(drawn) + 1 for task_id, drawn in self._lines.draws().items()}
+
+            async def draw_one(task_id: int, numbers: dict[int, int] = numbers) -> None:
+                self._lines.add(await made.draw(self._problems[task_id], numbers[task_id]))
+
+            await self._all(problems_left, draw_one)
+            spent = sum(line.tokens for drawn in self._lines.draws().values() for line in drawn)
+            self._progress.update(bar, completed=min(spent, budget))
         self._progress.update(bar, completed=budget)
+
+    async def _all(self, ids: Sequence[int], do: Callable[[int], Awaitable[None]]) -> None:
+        """`do` each in order, `at_once` at the same time."""
+        left = iter(ids)
+
+        async def work() -> None:
+            for task_id in left:
+                await do(task_id)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._at_once):
+                    group.create_task(work())
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
 
     def outcomes(self) -> dict[Arm, list[Line]]:
         """One line a problem and arm, problems in order, for the arms that were asked for."""

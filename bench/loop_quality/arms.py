@@ -213,7 +213,13 @@ class Arms:
 
 @asynccontextmanager
 async def running(
-    *, setup: Setup, settings: Settings, folder: Path | None, sandbox: Sandbox, environ: Mapping[str, str]
+    *,
+    setup: Setup,
+    settings: Settings,
+    folder: Path | None,
+    sandbox: Sandbox,
+    environ: Mapping[str, str],
+    at_once: int = 1,
 ) -> AsyncIterator[Arms]:
     """The engine, the balancer and the agents, put together as the server does, with the model loaded."""
     monotonic = asyncio.get_running_loop().time
@@ -236,7 +242,7 @@ async def running(
         new_id=lambda: str(uuid_utils.uuid7()),
         monotonic=monotonic,
         read_file=_no_file,
-        max_running=1,
+        max_running=at_once,
     )
     try:
         await balancer.load(setup.llm)

@@ -41,6 +41,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     profile_sha256: str
     program_sha256: str
     data_sha256: str
+    at_once: int = 1
+    """Problems at the same time: what the seconds depend on."""
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

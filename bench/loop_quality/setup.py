@@ -41,7 +41,8 @@ def with_one_llm(settings: Settings, name: str | None) -> tuple[str, Settings]:
 def warmest(settings: Settings) -> float:
     """The highest temperature at which the loop itself writes code."""
     profile = settings.profiles[PROFILE]
-    return max(profile.roles[role].temperature for role in (ENTRY, *profile.workflow.makers))
+    roles = [profile.roles[role] for role in (ENTRY, *profile.workflow.makers)]
+    return max(max(role.temperature, role.temperature_again or 0.0) for role in roles)
 
 
 def profile_of(settings: Settings, folder: Path | None) -> Profile:

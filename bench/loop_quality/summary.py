@@ -25,7 +25,7 @@ class ArmSummary(msgspec.Struct, frozen=True, kw_only=True):
     """One arm over all problems. Tokens, calls and seconds are means over the problems."""
 
     solved: int
-    """Right by every assertion and, of the loop, called completed."""
+    """Ended with code that is right by every assertion, whatever the arm says of it."""
     share: Interval
     tokens: float
     calls: float
@@ -63,7 +63,7 @@ def summarise(
 ) -> Summary:
     """The summary of arms that have one line a problem each, for the same problems in the same order."""
     measured: tuple[Arm, ...] = tuple(arm for arm in ARMS if arm in outcomes)
-    rows = list(zip(*([solved(line) for line in outcomes[arm]] for arm in measured), strict=True))
+    rows = list(zip(*([line.right for line in outcomes[arm]] for arm in measured), strict=True))
     counts = _resampled(rows, random.Random(setup.seed), resamples)
     arms = {arm: _arm(arm, outcomes[arm], _column(counts, measured.index(arm))) for arm in measured}
 
@@ -84,11 +84,6 @@ def summarise(
         loop_to_best_of_n=ratio("best_of_n"),
     )
     return _with_targets(_of_the_loop(found, outcomes["loop"])) if "loop" in outcomes else found
-
-
-def solved(line: Line) -> bool:
-    """Whether the problem is solved: by a task of the loop only if it stands by it."""
-    return line.right and (line.arm != "loop" or line.completed)
 
 
 def _resampled(rows: Sequence[tuple[bool, ...]], rng: random.Random, times: int) -> list[tuple[int, ...]]:
@@ -128,11 +123,12 @@ def _finite(value: float) -> float | None:
 def _arm(arm: Arm, lines: Sequence[Line], counts: Sequence[int]) -> ArmSummary:
     count = len(lines)
     low, high = _interval([n / count for n in counts])
+    right = sum(line.right for line in lines)
     stood_by = [line for line in lines if line.completed]
     claims = arm != "one_call"
     return ArmSummary(
-        solved=sum(map(solved, lines)),
-        share=Interval(value=sum(map(solved, lines)) / count, low=low, high=high),
+        solved=right,
+        share=Interval(value=right / count, low=low, high=high),
         tokens=sum(line.tokens for line in lines) / count,
         calls=sum(line.calls for line in lines) / count,
         most_calls=max(line.calls for line in lines),

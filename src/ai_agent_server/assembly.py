@@ -120,6 +120,8 @@ def _role(settings: Settings, profile_name: str, role_name: str, folder: Path | 
         result_schema=role.result_schema,
         max_tokens=role.max_tokens,
         temperature=role.temperature,
+        temperature_again=role.temperature_again,
+        stop=role.stop,
         options=role.options,
         sandbox_limits=settings.sandbox.limits,
     )

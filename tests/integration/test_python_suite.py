@@ -11,7 +11,7 @@ from ai_agent_server.core.task_packet import TestReport
 from ai_agent_server.sandbox.base import Sandbox, SandboxLimits
 from ai_agent_server.sandbox.bubblewrap import Bubblewrap
 from ai_agent_server.sandbox.landlock import Landlock
-from ai_agent_server.sandbox.python_suite import run_suite
+from ai_agent_server.sandbox.python_suite import run_probes, run_suite
 
 LIMITS = SandboxLimits(cpu_s=8, wall_s=15.0, memory_mb=256, processes=16, file_mb=4)
 ADD = "def f(x):\n    return x + 1\n"
@@ -417,3 +417,18 @@ async def test_a_giant_suite_of_long_tests_is_reported_whole(sandbox: Sandbox) -
     tests = tuple(f"assert f({n}) == {n + 1} and '{'x' * 900}'" for n in range(40))
     report = await judged(sandbox, ADD, *tests)
     assert (report.verdict, report.tests_passed) == ("pass", 40), report
+
+
+async def test_a_probe_is_the_same_for_equal_values_and_nothing_where_there_is_none(sandbox: Sandbox) -> None:
+    code = "import time\ndef f(x):\n    return time.sleep(60) if x == 'slow' else eval(x)\n"
+    said = ["2", "2.0", "True + 1", "{1, 2}", "{2, 1}", "(1,)", "[1]", "1 / 0", "slow", "object()", "3"]
+    found = await run_probes(sandbox, code=code, expressions=tuple(f"f({x!r})" for x in said), limits=LIMITS)
+    by = dict(zip(said, found, strict=True))
+    assert by["2"] == by["2.0"] == by["True + 1"] != by["3"]
+    assert by["{1, 2}"] == by["{2, 1}"] != ""
+    assert by["(1,)"] != by["[1]"]
+    assert [by[none] for none in ("1 / 0", "slow", "object()")] == ["", "", ""]
+
+
+async def test_code_that_does_not_load_has_no_values(sandbox: Sandbox) -> None:
+    assert await run_probes(sandbox, code="def f(:", expressions=("f(1)",), limits=LIMITS) == ("",)

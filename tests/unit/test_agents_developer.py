@@ -5,6 +5,7 @@ import pytest
 from ai_agent_server.agents.base import Outcome
 from ai_agent_server.agents.developer import _history
 from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.code_text import assertions
 from ai_agent_server.core.task_packet import Artifact, TestReport
 from ai_agent_server.errors import InvalidOutputError
 from tests.agent_context import Chat, Task
@@ -288,7 +289,7 @@ def test_coder_and_qa_agree_on_a_name(payload: JSONObject, name: str) -> None:
     ],
 )
 def test_an_example_is_read_as_assertions(example: str, expected: tuple[str, ...]) -> None:
-    assert _history.assertions(example) == expected
+    assert assertions(example) == expected
 
 
 def test_a_guessed_language_counts_only_if_the_task_says_the_word() -> None:
@@ -296,3 +297,23 @@ def test_a_guessed_language_counts_only_if_the_task_says_the_word() -> None:
         task = Task("developer", "diagnosis", {"task": words})
         task.finish("diagnosis", Outcome(verdict="done", output={"language": "Rust", "clear": True}))
         assert _history.language(task.packet) == language
+
+
+async def test_the_fast_coders_second_answer_is_drawn_warm_from_a_function_begun() -> None:
+    task = Task("developer", "fast-coder", ADD)
+    chats = [Chat(GOOD), Chat(GOOD), Chat(GOOD)]
+    for chat in chats:
+        await task.run("fast-coder", chat)
+    assert [chat.sent[0].temperature for chat in chats] == [0.0, 0.8, 0.8]
+    assert len({chat.sent[0].seed for chat in chats}) == 3
+    assert ["def add(" in chat.prompt for chat in chats] == [False, True, False]
+    assert all(chat.sent[0].stop == ("\n```\n",) for chat in chats)
+
+
+@pytest.mark.parametrize("more", [{"language": "go"}, {"code": "def add(a, b): ..."}, {"entry_point": "Sum"}])
+async def test_a_function_is_begun_for_python_alone_and_not_for_given_code(more: JSONObject) -> None:
+    task = Task("developer", "fast-coder", {**ADD, **more})
+    chat = Chat(GOOD, GOOD)
+    for _ in range(2):
+        await task.run("fast-coder", chat)
+    assert "def add(\n" not in f"{chat.sent[1].messages[-1].text}\n"

@@ -36,7 +36,7 @@ def ollama(**sizes_gb: float) -> LocalServer:
 
 def proposed(found: Found, *, apis: bool = False) -> Proposal:
     base: Any = json.loads(settings.packaged_configuration())
-    proposal = propose(found, base, apis=apis)
+    proposal = propose(found, base, settings.packaged_debug_loop(), apis=apis)
     settings.parse(json.dumps(proposal.document).encode(), source="proposal")
     return proposal
 
@@ -231,3 +231,14 @@ def test_the_holder_of_a_lock_is_read_from_the_kernels_table(tmp_path: Path) -> 
     )
     assert probes.lock_holder(lock, table) == 4242
     assert probes.lock_holder(tmp_path / "none", table) is None
+
+
+def test_code_is_debugged_where_a_model_serves_that_can_and_drawn_anew_where_none_does() -> None:
+    def after_a_failure(found: Found) -> str:
+        developer = proposed(found).document["profiles"]["developer"]
+        target: str = developer["workflow"]["routes"]["qa.fail"][0]["to"]
+        return target
+
+    assert after_a_failure(Found(memory_mb=8000, engines=ENGINES)) == "fast-coder"
+    real = Found(servers=(ollama(qwen=5),), gpus=(RTX,), memory_mb=32000, engines=ENGINES)
+    assert after_a_failure(real) == "debug"

@@ -272,7 +272,7 @@ def test_a_ratio_to_nothing_has_no_value_and_misses_no_target() -> None:
     assert msgspec.json.decode(msgspec.json.encode(found), type=Summary) == found
 
 
-def test_the_loop_solves_only_what_it_stands_by() -> None:
+def test_what_the_loop_solves_and_what_it_stands_by_are_told_apart() -> None:
     lines = [
         line(0, "loop", visible=True, right=True, completed=True, ended="completed"),
         line(1, "loop", visible=True, right=True, first_right=True, ended="max_debug"),
@@ -281,7 +281,7 @@ def test_the_loop_solves_only_what_it_stands_by() -> None:
     ]
     found = summary(loop=lines)
     loop = found.arms["loop"]
-    assert (loop.solved, loop.completed, loop.false_accepts) == (1, 2, 1)
+    assert (loop.solved, loop.completed, loop.false_accepts) == (2, 2, 1)
     assert (found.first_right, found.got_worse, found.right_but_failed) == (2, 1, 1)
     assert (found.past_limit, loop.calls, loop.most_calls) == (1, 5.0, 17)
     assert found.ended == {"completed": 2, "max_debug": 1, "budget_calls": 1}

@@ -18,20 +18,30 @@ def request(
 ) -> ChatRequest:
     """The role's prompt with `fields` filled in, sampled as the role is configured.
 
-    A repeat is warmer, has another seed, and says what was wrong with the answer before.
+    A repeat is warmer, has another seed, and says what was wrong with the answer before. A later
+    answer of a role that answered before is as warm as the role says for that.
     """
     spec = context.spec
+    temperature = spec.temperature
+    if spec.temperature_again is not None and answers_of(context.packet, spec.role):
+        temperature = spec.temperature_again
     prompt = spec.prompt if section is None else section_of(spec.prompt, section)
     return ask(
         render(prompt, fields) or (message("user", _payload_text(context.packet)),),
         max_tokens=spec.max_tokens,
-        temperature=spec.temperature,
+        temperature=temperature,
         seed=seed(context.packet),
         attempt=context.attempt,
         complaint=last_complaint(context.packet, spec.role) if context.attempt > 1 else "",
         schema=schema,
         images=images,
+        stop=spec.stop,
     )
+
+
+def answers_of(packet: TaskPacket, role: str) -> int:
+    """How often `role` has answered."""
+    return sum(isinstance(event, StepFinished) and event.role == role for event in packet.history)
 
 
 def seed(packet: TaskPacket) -> int:

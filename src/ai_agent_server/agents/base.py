@@ -41,6 +41,10 @@ class RoleSpec(msgspec.Struct, frozen=True, kw_only=True):
     result_schema: JSONObject | None = None
     max_tokens: int = 512
     temperature: float = 0.0
+    temperature_again: float | None = None
+    """Of the role's later answers in the same task; None: as the first."""
+    stop: tuple[str, ...] = ()
+    """An answer ends before any of these."""
     options: JSONObject = msgspec.field(default_factory=dict)
     sandbox_limits: SandboxLimits = SandboxLimits()
     """What one run of model-written code may use, as `sandbox.limits` says."""

@@ -32,7 +32,12 @@ PROFILE, ROLE = "developer", "planner"
 PAYLOAD: JSONObject = {
     "task": "Write a Python function count_vowels(text) that counts the vowels in a text.",
     "entry_point": "count_vowels",
-    "examples": ["assert count_vowels('hello') == 2", "assert count_vowels('xyz') == 0"],
+    # As many as QA takes for enough: the demo shows one version that is accepted.
+    "examples": [
+        "assert count_vowels('hello') == 2",
+        "assert count_vowels('xyz') == 0",
+        "assert count_vowels('banana') == 3",
+    ],
 }
 OWN_ENDS: frozenset[Reason] = frozenset(
     {

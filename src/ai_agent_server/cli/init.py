@@ -32,8 +32,8 @@ MAX_LISTED = 8
 
 # Names that stand for a vendor's current model where there is one, so that they last.
 APIS: dict[str, tuple[str, str, JSONObject]] = {
-    # OpenAI's reasoning models refuse a temperature.
-    "OPENAI_API_KEY": ("openai", "gpt-5.4-mini", {"omit": ["temperature", "top_p"]}),
+    # OpenAI's reasoning models refuse a temperature and stop words.
+    "OPENAI_API_KEY": ("openai", "gpt-5.4-mini", {"omit": ["temperature", "top_p", "stop"]}),
     "OPENROUTER_API_KEY": ("openrouter", "openrouter/auto", {"base_url": "https://openrouter.ai/api/v1"}),
     "MISTRAL_API_KEY": ("mistral", "mistral-large-latest", {"base_url": "https://api.mistral.ai/v1"}),
     "DEEPSEEK_API_KEY": ("deepseek", "deepseek-chat", {"base_url": "https://api.deepseek.com/v1"}),
@@ -66,10 +66,11 @@ class _Offer(NamedTuple):
         return f"{self.model.name} on {self.server.kind}{size}"
 
 
-def propose(found: Found, base: JSONObject, *, apis: bool = False) -> Proposal:
+def propose(found: Found, base: JSONObject, debug_loop: JSONObject, *, apis: bool = False) -> Proposal:
     """The configuration for what was found: `base` (the packaged one) with its LLMs replaced.
 
-    `apis` switches on what costs money and sends text away. Pure.
+    Where a model other than the embedded one serves, the developer's loop is `debug_loop`. `apis`
+    switches on what costs money and sends text away. Pure.
     """
     reasons: list[str] = []
     # One GPU is planned for, the largest; engines that spread a model over several do so by themselves.
@@ -96,7 +97,20 @@ def propose(found: Found, base: JSONObject, *, apis: bool = False) -> Proposal:
             else f"{name} ({llm['model']}) is on, so that the server works at once; expect little of it"
         )
     _add_apis(found, llms, reasons, apis)
-    return Proposal({**base, "accelerators": accelerators, "llms": llms}, tuple(reasons))
+    document = {**base, "accelerators": accelerators, "llms": llms}
+    if any(llm["toggle"] for name, llm in llms.items() if name not in base.get("llms", {})):
+        document["profiles"] = _with_loop(base.get("profiles", {}), debug_loop)
+        reasons.append(
+            "the developer's loop debugs code that fails; the packaged one draws it anew, which is better "
+            "for the embedded model alone"
+        )
+    return Proposal(document, tuple(reasons))
+
+
+def _with_loop(profiles: JSONObject, loop: JSONObject) -> JSONObject:
+    developer = profiles["developer"]
+    roles = {**developer["roles"], **loop["roles"]}
+    return {**profiles, "developer": {**developer, "roles": roles, "workflow": loop["workflow"]}}
 
 
 def _offers(found: Found) -> list[_Offer]:
@@ -244,7 +258,7 @@ def init(
         raise ConfigurationError("is there already; --force writes over it", source=str(output))
     base: Any = json.loads(settings.packaged_configuration())
     found = asyncio.run(_look())
-    document, reasons = propose(found, base, apis=apis)
+    document, reasons = propose(found, base, settings.packaged_debug_loop(), apis=apis)
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     settings.parse(text.encode(), source="the proposal")
     _write(output, text)

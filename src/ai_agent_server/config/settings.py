@@ -58,6 +58,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=100_000_000)]
 Megabytes = Annotated[int, msgspec.Meta(ge=0, le=100_000_000)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
 Dollars = Annotated[float, msgspec.Meta(ge=0, le=1_000_000)]
 
 
@@ -120,7 +121,11 @@ class RoleSettings(_Section, frozen=True, kw_only=True):
     payload_schema: JSONObject | None = None
     result_schema: JSONObject | None = None
     max_tokens: Tokens = 512
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.0
+    temperature: Temperature = 0.0
+    temperature_again: Temperature | None = None
+    """Of the role's later answers in the same task: above 0 each is another try. By default as the first."""
+    stop: Annotated[tuple[str, ...], msgspec.Meta(max_length=4)] = ()
+    """An answer ends before any of these: before the code's closing fence, say, and what is said after it."""
     limits: LimitsDraft | None = None
     """What is left out is as in the file's own `limits`."""
     options: JSONObject = msgspec.field(default_factory=dict)
@@ -336,6 +341,17 @@ def json_schema() -> JSONObject:
 def packaged_configuration() -> bytes:
     """The packaged default, which needs no key and no network."""
     return resources.files("ai_agent_server.config").joinpath("configuration.json").read_bytes()
+
+
+def packaged_debug_loop() -> JSONObject:
+    """Roles and workflow of the developer's loop that mends code, for LLMs that can; {"roles", "workflow"}.
+
+    The packaged default draws code anew instead, which is what the embedded model is better at.
+    """
+    found: JSONObject = json.loads(
+        resources.files("ai_agent_server.config").joinpath("debug_loop.json").read_bytes()
+    )
+    return found
 
 
 def load(path: Path | None) -> Settings:

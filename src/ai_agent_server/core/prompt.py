@@ -40,6 +40,11 @@ def _fill(text: str, fields: Mapping[str, str]) -> str:
     return "\n\n".join(kept).strip()
 
 
+def has_section(prompt: str, name: str) -> bool:
+    """Whether a prompt file has the line `## name`."""
+    return re.search(rf"^## {re.escape(name)}\s*$", prompt, flags=re.MULTILINE) is not None
+
+
 def section_of(prompt: str, name: str) -> str:
     """The part of a prompt file below the line `## name`, for a role that asks more than one thing."""
     for part in re.split(r"^## ", prompt, flags=re.MULTILINE)[1:]:
@@ -59,6 +64,7 @@ def ask(
     complaint: str = "",
     schema: JSONObject | None = None,
     images: tuple[ImagePart, ...] = (),
+    stop: tuple[str, ...] = (),
 ) -> ChatRequest:
     """The request of these messages.
 
@@ -75,6 +81,7 @@ def ask(
         max_tokens=max_tokens,
         temperature=max(temperature, RETRY_TEMPERATURE) if attempt > 1 else temperature,
         seed=seed,
+        stop=stop,
         response_schema=schema,
     )
 

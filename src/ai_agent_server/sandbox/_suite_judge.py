@@ -14,6 +14,7 @@ the code has no say in that.
 import ast
 import builtins
 import copy
+import hashlib
 import json
 import math
 import os
@@ -383,8 +384,28 @@ def raised(answer: dict) -> str:  # type: ignore[type-arg] # JSON, as the worker
     return f"{text}\n{answer['trace']}" if answer.get("trace") else text
 
 
+def digest(value: object) -> str:
+    """16 characters, the same for equal values."""
+    return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def canonical(value: object) -> str:
+    """One spelling for values that are equal: 2 and 2.0, True and 1, a set in any order."""
+    if isinstance(value, (bool, int)):
+        return str(int(value))
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else format(value, ".9g")
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({','.join(map(canonical, value))})"
+    if isinstance(value, (set, frozenset)):
+        return f"set({','.join(sorted(map(canonical, value)))})"
+    if isinstance(value, dict):
+        return f"dict({','.join(sorted(f'{canonical(k)}:{canonical(v)}' for k, v in value.items()))})"
+    return repr(value)
+
+
 def main() -> None:
-    """Read the suite, print one JSON line a test as it is decided."""
+    """Read the suite, print one JSON line a test as it is decided, then one for each probe."""
     suite = json.loads(sys.stdin.read())
     worker = Worker(suite["code"], suite["imports"], suite["test_timeout_s"], frozenset(suite["own"]))
     judge = Judge(worker)
@@ -410,6 +431,13 @@ def main() -> None:
             told = True
         else:
             tell(index, "pass", "")
+    for index, expression in enumerate(suite["probes"], len(suite["tests"])):
+        try:
+            value = judge.ask(expression)
+        except Failed as failed:
+            tell(index, failed.outcome, "")
+        else:
+            tell(index, "value", "" if isinstance(value, Held) else digest(value))
     worker.stop()
 
 

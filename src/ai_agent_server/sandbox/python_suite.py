@@ -27,10 +27,11 @@ from ai_agent_server.core.code_text import builtin_under_test, missing_imports
 from ai_agent_server.core.task_packet import TestReport
 from ai_agent_server.sandbox.base import Sandbox, SandboxLimits, SandboxReport
 
-__all__ = ("run_suite", "suite_sha256")
+__all__ = ("run_probes", "run_suite", "suite_sha256")
 
 MAX_DETAIL_BYTES = 2048
 _TEST_TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S = 1.0
 _SHARE_OF_WALL = 0.8
 _OUTPUT_KB = 256
 
@@ -53,6 +54,7 @@ class _Suite(msgspec.Struct, frozen=True):
     """Names of Python's that in this suite are the code's."""
     tests: tuple[str, ...]
     test_timeout_s: float
+    probes: tuple[str, ...] = ()
 
 
 def suite_sha256(anchors: tuple[str, ...], tests: tuple[str, ...]) -> str:
@@ -121,6 +123,34 @@ async def run_suite(
         wall_ms=report.wall_ms,
         memory_peak_kb=report.memory_peak_kb,
     )
+
+
+async def run_probes(
+    sandbox: Sandbox, *, code: str, expressions: tuple[str, ...], limits: SandboxLimits
+) -> tuple[str, ...]:
+    """What each of `expressions` is once `code` is loaded: a digest, the same for equal values.
+
+    "" where it raises, hangs, or is no plain value. Raises `SandboxError` when the sandbox cannot be
+    started.
+    """
+    request = _Suite(
+        code=code,
+        imports=(),
+        own=(),
+        tests=(),
+        test_timeout_s=max(
+            0.1, min(_PROBE_TIMEOUT_S, limits.wall_s * _SHARE_OF_WALL / (len(expressions) + 1))
+        ),
+        probes=expressions,
+    )
+    report = await sandbox.run(
+        await asyncio.to_thread(_programs),
+        ("python", "judge.py"),
+        stdin=msgspec.json.encode(request).decode(),
+        limits=limits,
+    )
+    values = {line.test: line.detail for line in _lines(report.stdout) if line.outcome == "value"}
+    return tuple(values.get(index, "") for index in range(len(expressions)))
 
 
 def _programs() -> dict[str, str]:

@@ -70,6 +70,16 @@ def is_python(packet: TaskPacket) -> bool:
     return language(packet) in {"python", "python3", "py"}
 
 
+def opening(packet: TaskPacket) -> str:
+    """A Python function begun, what it is for above it as comments; "" where that says too little."""
+    name = entry_point(packet)
+    if not is_python(packet) or not name.isidentifier() or name == FALLBACK_NAME or name[0].isupper():
+        return ""
+    said = [*as_text(packet.payload.get("task")).splitlines()]
+    said += [f"Example: {example}" for example in shown_examples(packet)[:1]]
+    return "\n".join((*(f"# {line}".rstrip() for line in said), f"def {name}("))
+
+
 def answers(packet: TaskPacket) -> str:
     """What people answered to questions about the task, one a line."""
     said: list[str] = []

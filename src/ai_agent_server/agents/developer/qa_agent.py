@@ -1,12 +1,14 @@
 """QA: writes tests from the specification alone, and runs the code against them."""
 
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import msgspec
 
 from ai_agent_server.agents._prompt import request
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome
 from ai_agent_server.agents.developer import _history
+from ai_agent_server.agents.developer._probes import MIN_SHARED, agree, probes
 from ai_agent_server.agents.developer._tests import claim, runnable
 from ai_agent_server.core.answer import read_object, read_text
 from ai_agent_server.core.chat import JSONObject
@@ -14,7 +16,7 @@ from ai_agent_server.core.code_text import assertions, usable_tests
 from ai_agent_server.core.task_packet import FeedbackReceived, StepFinished, TaskPacket, TestReport
 from ai_agent_server.errors import ConfigurationError, InvalidOutputError, SandboxError
 from ai_agent_server.sandbox.base import SandboxLimits
-from ai_agent_server.sandbox.python_suite import run_suite
+from ai_agent_server.sandbox.python_suite import run_probes, run_suite
 
 __all__ = ("QAAgent",)
 
@@ -32,6 +34,13 @@ REVIEW: JSONObject = {
 }
 
 
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """What a version did on the probes: a digest of each value, "" where it had none."""
+
+    artifact_id: str
+    values: tuple[str, ...]
+
+
 class Suite(msgspec.Struct, frozen=True, kw_only=True):
     """QA's own tests, as each of its visits leaves them in its output.
 
@@ -45,6 +54,8 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True):
     disputed: tuple[str, ...] = ()
     unusable_examples: tuple[str, ...] = ()
     """Examples of the task that are no assertions: nothing was held to them."""
+    seen: tuple[Seen, ...] = ()
+    """Every version so far that passed everything, where versions have to agree."""
 
 
 class QAAgent:
@@ -61,11 +72,19 @@ class QAAgent:
         """`options` of the role. `sandbox_limits` stand in place of the configuration's own."""
 
         sandbox_limits: SandboxLimits | None = None
+        blind_tests: Literal["always", "without_examples"] = "always"
+        """When the LLM writes tests. One that is wrong more often than the code it tests is better not
+        asked where the task has examples."""
+        agree: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
+        """Versions drawn apart that have to do the same on inputs like the examples before one of them
+        is accepted; those that pass alone end as `unsure`. 1: passing is enough."""
+        enough_examples: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3
+        """A task with so many examples is held to them alone; no versions have to agree."""
 
     card = AgentCard(
         name="qa",
         description="Writes tests from the specification alone and runs the code in the sandbox.",
-        outcomes=("pass", "fail", "disputed"),
+        outcomes=("pass", "fail", "disputed", "unsure"),
         skills=("test",),
     )
 
@@ -78,10 +97,16 @@ class QAAgent:
         packet = context.packet
         if not _history.is_python(packet):
             return await self._review(context)
-        limits = _options(context).sandbox_limits or context.spec.sandbox_limits
+        options = _options(context)
+        limits = options.sandbox_limits or context.spec.sandbox_limits
         anchors = _history.anchors(packet)
         kept = _kept(packet, context.spec.role)
-        written = kept if kept is not None else await self._write(context, anchors)
+        if kept is not None:
+            written = kept
+        elif anchors and options.blind_tests == "without_examples":
+            written = Suite(unusable_examples=_history.unusable_examples(packet))
+        else:
+            written = await self._write(context, anchors)
         suite = _with_outside_tests(written, packet, context.spec.role)
         if suite.disputed:
             suite = await self._look_again(context, suite)
@@ -100,6 +125,13 @@ class QAAgent:
         )
         if report.verdict == "sandbox_error":
             raise SandboxError(report.detail or "the sandbox broke")
+        if report.verdict == "pass" and 0 < len(anchors) < options.enough_examples and options.agree > 1:
+            calls = probes(anchors, _history.entry_point(packet))
+            if len(calls) >= MIN_SHARED:
+                values = await run_probes(
+                    context.sandbox, code=code.content, expressions=calls, limits=limits
+                )
+                return agreed(suite, Seen(artifact_id=code.artifact_id, values=values), report, options.agree)
         return judge(suite, anchors, report)
 
     async def _write(self, context: AgentContext, anchors: tuple[str, ...]) -> Suite:
@@ -171,8 +203,22 @@ def judge(suite: Suite, anchors: tuple[str, ...], report: TestReport) -> Outcome
     return Outcome(verdict="fail", why=shown, output=_output(suite), report=report)
 
 
+def agreed(suite: Suite, now: Seen, report: TestReport, wanted: int) -> Outcome:
+    """What passing means where `wanted` versions have to do the same."""
+    agreeing = 1 + sum(agree(now.values, before.values) for before in suite.seen)
+    suite = msgspec.structs.replace(suite, seen=(*suite.seen, now))
+    report = msgspec.structs.replace(report, agreeing=agreeing)
+    shown = f"{report.anchors_passed}/{report.anchors_total} examples"
+    if agreeing >= wanted:
+        why = f"{shown}; {agreeing} versions do the same on {len(now.values)} other inputs"
+        return Outcome(verdict="pass", why=why, output=_output(suite), report=report)
+    why = f"{shown}; {agreeing} of the {wanted} versions that have to do the same on other inputs"
+    return Outcome(verdict="unsure", why=why, output=_output(suite), report=report)
+
+
 def _output(suite: Suite) -> JSONObject:
-    return {name: list(tests) for name, tests in msgspec.structs.asdict(suite).items()}
+    found: JSONObject = msgspec.json.decode(msgspec.json.encode(suite))
+    return found
 
 
 def _kept(packet: TaskPacket, role: str) -> Suite | None:
