@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from litestar import Request, Response
 from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
+from litestar.types import ASGIApp
 
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.api_operations import Operation
@@ -13,6 +14,7 @@ from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.ports import Orchestration
 from ai_agent_server.gateway import tool_api
 from ai_agent_server.gateway._errors import openai_form, refused
+from ai_agent_server.gateway._lane import Guard
 from ai_agent_server.gateway.anthropic_api import AnthropicApi, anthropic_form
 from ai_agent_server.gateway.caller import Accounts
 from ai_agent_server.gateway.embeddings_api import Embeddings, EmbeddingsRoutes
@@ -33,6 +35,8 @@ class Surfaces(msgspec.Struct, frozen=True, kw_only=True):
     model_context: ModelContext
     """It answers while it is entered."""
     handlers: list[HTTPRouteHandler | ASGIRouteHandler]
+    lane: Callable[[ASGIApp], ASGIApp]
+    """Around the application: what it answers before the application's router is asked."""
     refused: Callable[[Request[Any, Any, Any], Exception], Response[bytes] | None]
 
 
@@ -46,6 +50,7 @@ def surfaces_for(
     balancer: BalancedEngine,
     orchestration: Orchestration,
     accounts: Accounts,
+    guard: Guard,
     settings: Callable[[], Settings],
     tools: Callable[[], Mapping[str, ReadyTool]],
     metrics: Metrics,
@@ -104,5 +109,6 @@ def surfaces_for(
             *tool_api.ToolApi(runner, settings=settings).handlers(),
             model_context.handler(),
         ],
+        lane=lambda app: chat.lane(app, guard),
         refused=refused({"/v1": openai_form, "/v1/messages": anthropic_form(new_id)}),
     )

@@ -10,7 +10,7 @@ from ai_agent_server.core.chat import Tier
 from ai_agent_server.core.event_stream import ClientLeftError, WhileConnected
 from ai_agent_server.errors import InvalidPacketError
 
-__all__ = ("NO_LONGER_READ", "header_text", "tier_of", "while_there")
+__all__ = ("NO_LONGER_READ", "header_text", "tier_named", "tier_of", "while_there")
 
 NO_LONGER_READ = 499
 """What nginx logs for a client that left; nobody reads it."""
@@ -19,7 +19,11 @@ HEADER_CHARS = 300
 
 def tier_of(request: Request[Any, Any, Any]) -> Tier | None:
     """The tier that `X-Tier` asks for. Raises `InvalidPacketError`."""
-    given = request.headers.get("x-tier")
+    return tier_named(request.headers.get("x-tier"))
+
+
+def tier_named(given: str | None) -> Tier | None:
+    """The tier of this name, None where none is given. Raises `InvalidPacketError`."""
     tier = next((tier for tier in get_args(Tier) if tier == given), None)
     if given is not None and tier is None:
         raise InvalidPacketError("no such tier", pointer="X-Tier", choices=get_args(Tier))

@@ -10,16 +10,17 @@ from litestar import Request, Response, get, post, route
 from litestar.exceptions import NotFoundException
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
-from litestar.response.base import ASGIResponse
+from litestar.types import ASGIApp, Receive
 
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.api_schemas import JSON
 from ai_agent_server.core.event_stream import ClientLeftError, EventStream, WhileConnected
-from ai_agent_server.core.request_body import read_body
+from ai_agent_server.core.request_body import body_of
 from ai_agent_server.errors import AgentServerError, UnknownLLMError
 from ai_agent_server.gateway import _openai_chat as wire
-from ai_agent_server.gateway._asking import NO_LONGER_READ, tier_of
+from ai_agent_server.gateway._asking import NO_LONGER_READ, tier_named
 from ai_agent_server.gateway._errors import openai_body, wire_error
+from ai_agent_server.gateway._lane import Guard, JsonAnswer, Lane
 from ai_agent_server.gateway.caller import caller_of
 from ai_agent_server.gateway.serving import KeepAlive, ListedModel, Opened, Serving
 
@@ -73,36 +74,44 @@ class OpenAIRoutes:
         self._serving, self._settings = serving, settings
         self._now_s, self._created = now_s, int(now_s())
         self._write_timeout_s = write_timeout_s
+        self.chat_route: HTTPRouteHandler = post("/v1/chat/completions", status_code=200)(self.chat)
 
     def handlers(self) -> list[HTTPRouteHandler]:
         """The routes, and one for what is not there: its answer is in OpenAI's form."""
         return [
-            post("/v1/chat/completions", status_code=200)(self.chat),
+            self.chat_route,
             get("/v1/models")(self.models),
             # A role's name has a slash in it.
             get("/v1/models/{model:path}")(self.model),
             route("/v1/{rest:path}", http_method=METHODS)(self.nothing),
         ]
 
-    async def chat(self, request: AnyRequest) -> ASGIResponse:
+    def lane(self, app: ASGIApp, guard: Guard) -> Lane:
+        """`app`, which has these routes, with chats answered before its router is asked."""
+        return Lane(app, route=self.chat_route, answer=self._answered, guard=guard)
+
+    async def chat(self, request: AnyRequest) -> ASGIApp:
         """Answer a conversation, whole or streamed."""
+        return await self._answered(request.scope, request.receive)
+
+    async def _answered(self, scope: Any, receive: Receive) -> ASGIApp:
         started_s = self._serving.now_s()
         limit_bytes = int(self._settings().server.max_body_mb * 1024 * 1024)
-        asked = wire.ask(await read_body(request, limit_bytes))
+        asked = wire.ask(await body_of(scope, receive, limit_bytes))
         created = int(self._now_s())
         serve = self._serving.open if asked.stream else self._serving.whole
         try:
-            async with WhileConnected(request.receive):
+            async with WhileConnected(receive):
                 answer = await serve(
                     asked.model,
                     asked.request,
-                    caller_of(request.scope),
-                    tier=tier_of(request),
+                    caller_of(scope),
+                    tier=tier_named(_header(scope, b"x-tier")),
                     started_s=started_s,
-                    idempotency_key=request.headers.get("idempotency-key"),
+                    idempotency_key=_header(scope, b"idempotency-key"),
                 )
         except ClientLeftError:
-            return ASGIResponse(status_code=NO_LONGER_READ, media_type=JSON)
+            return JsonAnswer(b"", headers={}, status=NO_LONGER_READ)
         if isinstance(answer, Opened):
             return EventStream(
                 _frames(answer, created=created, include_usage=asked.include_usage),
@@ -112,7 +121,7 @@ class OpenAIRoutes:
                 aclose=answer.aclose,
             )
         completion = wire.completion(answer.reply, request_id=answer.id, model=answer.model, created=created)
-        return ASGIResponse(body=msgspec.json.encode(completion), media_type=JSON, headers=answer.headers)
+        return JsonAnswer(msgspec.json.encode(completion), headers=answer.headers)
 
     async def models(self, request: AnyRequest) -> Response[bytes]:
         """Every model, from what is known: a dead engine holds nothing up."""
@@ -166,6 +175,10 @@ async def _frames(opened: Opened, *, created: int, include_usage: bool) -> Async
         return
     if chunks is not None:
         yield chunks.end(opened.usage)
+
+
+def _header(scope: Any, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
 
 
 def _json(value: object) -> Response[bytes]:
