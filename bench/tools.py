@@ -129,12 +129,9 @@ async def _call(http: httpx.AsyncClient, job: Job) -> Call:
     if answer.status_code == 200:
         valid = Draft202012Validator(job.schema).is_valid(body["output"])
         return Call(job=job, outcome="valid" if valid else "wrong", took_ms=took_ms, output=body["output"])
-    is_problem = answer.headers["content-type"] == "application/problem+json" and answer.status_code in {
-        422,
-        502,
-    }
+    is_problem = answer.headers["content-type"] == "application/problem+json"
     detail = str(body.get("detail", ""))
-    outcome: Outcome = "clear_error" if is_problem and detail else "wrong"
+    outcome: Outcome = "clear_error" if is_problem and detail and answer.status_code != 500 else "wrong"
     return Call(job=job, outcome=outcome, took_ms=took_ms, told=f"{answer.status_code} {detail[:200]}")
 
 

@@ -1,6 +1,7 @@
 """The text tools as a program calls them: a real server, plain HTTP, answers that hold or say why not."""
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -203,3 +204,20 @@ async def _until_busy(http: httpx.AsyncClient, *, busy: bool) -> None:
             return
         await asyncio.sleep(0.05)
     raise AssertionError(f"in_flight is {llm['in_flight']}")
+
+
+async def test_whatever_schemathesis_sends_a_tool_the_answer_is_documented(tmp_path: Path) -> None:
+    async with serving(tmp_path, '{"label": "billing"}') as http:
+        address = str(http.base_url).rstrip("/")
+        schemathesis = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "schemathesis.cli", "--no-color", "run", f"{address}/api/v1/openapi.json",
+            "--include-path-regex", "^/mcp/tools", "--phases", "examples,coverage,fuzzing",
+            # What a body must hold the tool's own schema says; a script for an LLM has no better answer.
+            "--checks", "all", "--exclude-checks", "positive_data_acceptance,not_a_server_error",
+            "--max-examples", "20", "--seed", "1", "--generation-database", "none",
+            "--request-timeout", "30", "--warnings", "off",
+            cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await asyncio.wait_for(schemathesis.communicate(), 100)
+    assert schemathesis.returncode == 0, output.decode()
+    assert "Tested: 2" in output.decode()

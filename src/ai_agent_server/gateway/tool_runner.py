@@ -27,8 +27,8 @@ __all__ = ("ReadyTool", "ToolAnswer", "ToolRunner", "ToolWork")
 
 ATTEMPTS = 3
 """How often an exchange is had until its answer is of the form asked for."""
-AT_ONCE = 4
-"""Exchanges of one call at a time."""
+AT_ONCE = 2
+"""Exchanges of one call at a time: others want the slots too."""
 PROMPT_TOKENS = 400
 """What stands in a prompt beside the text, at most: labels and instructions come on top."""
 SMALLEST_PIECE_TOKENS = 64
