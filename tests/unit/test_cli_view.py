@@ -160,6 +160,15 @@ def shown(found: object) -> str:
     return out.file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("tier", "by"),
+    [("landlock", "sandbox landlock"), ("schema", "by its schema"), ("outside", "from outside")],
+)
+def test_a_verdict_says_what_judged(tier: str, by: str) -> None:
+    report = TestReport(verdict="pass", tier=tier, tests_passed=3, tests_total=3)
+    assert view.verdict(report).plain == f"verdict pass: 3 of 3 tests, {by}"
+
+
 def test_a_failed_task_shows_the_best_there_was_and_its_verdict() -> None:
     report = TestReport(verdict="fail", tier="bubblewrap", anchors_passed=1, anchors_total=2)
     code = Artifact(artifact_id="a", kind="code", content="def f(n):\n    return n * 2\n")

@@ -86,7 +86,7 @@ def _hold_to(schema: JSONObject, packet: TaskPacket) -> Outcome:
     report = TestReport(
         verdict="fail" if problems else "pass",
         tier=TIER,
-        tests_passed=len(tests - broken) if problems else len(tests),
+        tests_passed=len(tests - broken),
         tests_total=len(tests),
         failing=problems,
         detail="\n".join(problems),
@@ -97,7 +97,7 @@ def _hold_to(schema: JSONObject, packet: TaskPacket) -> Outcome:
 
 
 def _told(mistake: ValidationError) -> str:
-    where = json_pointer(str(part) for part in mistake.absolute_path)
+    where = json_pointer(mistake.absolute_path)
     return f"{where}: {mistake.message}"[:MAX_PROBLEM_CHARS] if where else mistake.message[:MAX_PROBLEM_CHARS]
 
 

@@ -50,6 +50,8 @@ STATUS_STYLE = {
     TaskStatus.CANCELED: "yellow",
     TaskStatus.INPUT_REQUIRED: "yellow",
 }
+JUDGES = {"schema": "by its schema", "outside": "from outside"}
+"""What judged where no sandbox did, by the report's `tier`."""
 OUTCOME_STYLE = {"pass": "green", "done": "green", "fail": "red", "invalid": "red", "disputed": "yellow"}
 
 
@@ -151,7 +153,8 @@ def verdict(report: TestReport) -> Text:
         if total
     ]
     line = Text(f"verdict {report.verdict}", style=style)
-    line.append(f": {', '.join(counts) or 'nothing was run'}, sandbox {report.tier}", style="")
+    by = JUDGES.get(report.tier, f"sandbox {report.tier}")
+    line.append(f": {', '.join(counts) or 'nothing was run'}, {by}", style="")
     if report.disputed:
         line.append(f", {len(report.disputed)} disputed")
     return line
