@@ -90,6 +90,7 @@ def curl(path: str, method: str, body_example: Any) -> str:
         .replace("{role}", "planner")
         .replace("{task_id}", TASK_ID)
         .replace("{name}", "embedded")
+        .replace("{model}", "embedded")
         .replace("{tool}", "classify")
     )
     words = ["curl", *(["-N"] if path.endswith("/events") else []), address]
@@ -260,6 +261,7 @@ def _path_parameters(path: str) -> list[JSONObject]:
         "profile": ("A profile's name.", name_schema, "developer"),
         "role": ("A role's name in the profile.", name_schema, "planner"),
         "name": ("An LLM's name.", name_schema, "embedded"),
+        "model": ("A name from the list; a role's has a slash in it.", {"type": "string"}, "embedded"),
         "tool": ("A tool's name.", name_schema, "classify"),
         "task_id": ("The task's id.", {"type": "string", "format": "uuid"}, TASK_ID),
     }

@@ -35,78 +35,106 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 _DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]{1,60});base64,([A-Za-z0-9+/=\s]+)", re.IGNORECASE)
 
 
-class _ImageURL(msgspec.Struct, frozen=True):
+class ChatImageURL(msgspec.Struct, frozen=True):
+    """An image's place: a data URL."""
+
     url: str
 
 
-class _Part(msgspec.Struct, frozen=True):
+class ChatPart(msgspec.Struct, frozen=True):
+    """A piece of a message: `text`, `image_url` or `refusal`."""
+
     type: str
     text: str | None = None
     refusal: str | None = None
-    image_url: _ImageURL | str | None = None
+    image_url: ChatImageURL | str | None = None
 
 
-class _CalledFunction(msgspec.Struct, frozen=True):
+class ChatCalledFunction(msgspec.Struct, frozen=True):
+    """The function that was called; `arguments` is JSON text."""
+
     name: str
     arguments: str = ""
 
 
-class _Call(msgspec.Struct, frozen=True):
+class ChatCall(msgspec.Struct, frozen=True):
+    """A call that the LLM asked for."""
+
     id: str
-    function: _CalledFunction | None = None
+    function: ChatCalledFunction | None = None
     type: str = "function"
 
 
-class _Message(msgspec.Struct, frozen=True):
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One turn."""
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[_Part] | None = None
+    content: str | list[ChatPart] | None = None
     refusal: str | None = None
-    tool_calls: list[_Call] | None = None
+    tool_calls: list[ChatCall] | None = None
     tool_call_id: str | None = None
 
 
-class _Function(msgspec.Struct, frozen=True):
+class ChatFunction(msgspec.Struct, frozen=True):
+    """A function; `parameters` is a JSON Schema."""
+
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     description: str | None = None
     parameters: JSONObject | None = None
 
 
-class _Tool(msgspec.Struct, frozen=True):
+class ChatTool(msgspec.Struct, frozen=True):
+    """A tool. Others than functions are tolerated, and left out."""
+
     type: str = "function"
-    function: _Function | None = None
+    function: ChatFunction | None = None
 
 
-class _NamedFunction(msgspec.Struct, frozen=True):
+class ChatNamedFunction(msgspec.Struct, frozen=True):
+    """A function by its name."""
+
     name: str
 
 
-class _AllowedTool(msgspec.Struct, frozen=True):
+class ChatAllowedTool(msgspec.Struct, frozen=True):
+    """A tool by its name."""
+
     type: str = "function"
-    function: _NamedFunction | None = None
+    function: ChatNamedFunction | None = None
 
 
-class _AllowedTools(msgspec.Struct, frozen=True):
+class ChatAllowedTools(msgspec.Struct, frozen=True):
+    """The tools that may be called this time."""
+
     mode: Literal["auto", "required"] = "auto"
-    tools: list[_AllowedTool] = []
+    tools: list[ChatAllowedTool] = []
 
 
-class _ToolChoice(msgspec.Struct, frozen=True):
+class ChatToolChoice(msgspec.Struct, frozen=True):
+    """Which tool has to be called, or which may be."""
+
     type: str = "function"
-    function: _NamedFunction | None = None
-    allowed_tools: _AllowedTools | None = None
+    function: ChatNamedFunction | None = None
+    allowed_tools: ChatAllowedTools | None = None
 
 
-class _JSONSchema(msgspec.Struct, frozen=True):
+class ChatJSONSchema(msgspec.Struct, frozen=True):
+    """The schema that the answer has to obey."""
+
     name: str = "answer"
     schema: JSONObject | None = None
 
 
-class _ResponseFormat(msgspec.Struct, frozen=True):
+class ChatResponseFormat(msgspec.Struct, frozen=True):
+    """The answer's form."""
+
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: _JSONSchema | None = None
+    json_schema: ChatJSONSchema | None = None
 
 
-class _StreamOptions(msgspec.Struct, frozen=True):
+class ChatStreamOptions(msgspec.Struct, frozen=True):
+    """Whether the usage is told at the stream's end."""
+
     include_usage: bool | None = False
 
 
@@ -114,18 +142,18 @@ class ChatCompletionRequest(msgspec.Struct, frozen=True):
     """Body of POST /v1/chat/completions. Keys that are not here are tolerated and have no effect."""
 
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=300)]
-    messages: Annotated[list[_Message], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
     stream: bool | None = False
-    stream_options: _StreamOptions | None = None
+    stream_options: ChatStreamOptions | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | Annotated[list[str], msgspec.Meta(max_length=MAX_STOPS)] | None = None
-    tools: Annotated[list[_Tool], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | _ToolChoice | None = None
-    response_format: _ResponseFormat | None = None
+    tools: Annotated[list[ChatTool], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | ChatToolChoice | None = None
+    response_format: ChatResponseFormat | None = None
     n: int | None = 1
     logprobs: bool | None = None
     modalities: list[str] | None = None
@@ -187,7 +215,7 @@ def _refuse_unsupported(body: ChatCompletionRequest) -> None:
             raise InvalidPacketError(problem, pointer=f"/{name}")
 
 
-def _messages(messages: list[_Message]) -> tuple[Message, ...]:
+def _messages(messages: list[ChatMessage]) -> tuple[Message, ...]:
     images = 0
     made = []
     for at, message in enumerate(messages):
@@ -224,7 +252,7 @@ _ROLES: dict[str, ChatRole] = {
 }
 
 
-def _parts(message: _Message, here: str) -> tuple[Part, ...]:
+def _parts(message: ChatMessage, here: str) -> tuple[Part, ...]:
     content = message.content
     if content is None:
         return (TextPart(text=message.refusal),) if message.refusal else ()
@@ -233,7 +261,7 @@ def _parts(message: _Message, here: str) -> tuple[Part, ...]:
     return tuple(_part(part, f"{here}/content/{at}") for at, part in enumerate(content))
 
 
-def _part(part: _Part, here: str) -> Part:
+def _part(part: ChatPart, here: str) -> Part:
     match part.type:
         case "text" | "input_text" | "output_text":
             if part.text is None:
@@ -242,7 +270,7 @@ def _part(part: _Part, here: str) -> Part:
         case "refusal":
             return TextPart(text=part.refusal or "")
         case "image_url" | "input_image":
-            url = part.image_url.url if isinstance(part.image_url, _ImageURL) else part.image_url
+            url = part.image_url.url if isinstance(part.image_url, ChatImageURL) else part.image_url
             return image_part(url or "", f"{here}/image_url/url")
         case _:
             raise InvalidPacketError(
@@ -264,7 +292,7 @@ def image_part(url: str, pointer: str) -> ImagePart:
     return ImagePart(media_type=match[1].lower(), content="".join(match[2].split()))
 
 
-def _calls(message: _Message, here: str) -> Iterator[ToolCall]:
+def _calls(message: ChatMessage, here: str) -> Iterator[ToolCall]:
     for at, call in enumerate(message.tool_calls or ()):
         if call.function is None:
             raise InvalidPacketError(
@@ -307,7 +335,7 @@ def _tools(body: ChatCompletionRequest) -> tuple[tuple[Tool, ...], _Choice]:
     return named, "required"
 
 
-def _response_schema(wanted: _ResponseFormat | None) -> JSONObject | None:
+def _response_schema(wanted: ChatResponseFormat | None) -> JSONObject | None:
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 import structlog
@@ -13,18 +13,20 @@ from litestar.params import FromPath
 from litestar.types import ASGIApp, Receive
 
 from ai_agent_server.config.settings import Settings
+from ai_agent_server.core.api_operations import Answer, Header, Operation
 from ai_agent_server.core.api_schemas import JSON
+from ai_agent_server.core.chat import ChatReply, ChatUsage, Tier
 from ai_agent_server.core.event_stream import ClientLeftError, EventStream, WhileConnected
 from ai_agent_server.core.request_body import body_of
 from ai_agent_server.errors import AgentServerError, UnknownLLMError
 from ai_agent_server.gateway import _openai_chat as wire
 from ai_agent_server.gateway._asking import NO_LONGER_READ, tier_named
-from ai_agent_server.gateway._errors import openai_body, wire_error
+from ai_agent_server.gateway._errors import openai_body, openai_refusals, wire_error
 from ai_agent_server.gateway._lane import Guard, JsonAnswer, Lane
 from ai_agent_server.gateway.caller import caller_of
 from ai_agent_server.gateway.serving import KeepAlive, ListedModel, Opened, Serving
 
-__all__ = ("ModelCard", "ModelList", "OpenAIRoutes")
+__all__ = ("ModelCard", "ModelList", "OpenAIRoutes", "operations")
 
 log = structlog.get_logger(__name__)
 
@@ -175,6 +177,79 @@ async def _frames(opened: Opened, *, created: int, include_usage: bool) -> Async
         return
     if chunks is not None:
         yield chunks.end(opened.usage)
+
+
+def operations() -> tuple[Operation, ...]:
+    """The routes as the API's document tells them."""
+    card = ModelCard(id="embedded", created=1795242888, owned_by="local", context_length=4096)
+    text = {"type": "string"}
+    reply = ChatReply(text="Blue.", finish_reason="stop", usage=ChatUsage(input_tokens=14, output_tokens=3))
+    return (
+        Operation(
+            method="post",
+            path="/v1/chat/completions",
+            id="createChatCompletion",
+            tag="llms",
+            summary="Answer a conversation in OpenAI's form",
+            about="`model` is an LLM, a tier, a role (`developer/planner`: the last user message becomes a "
+            "task, its steps come as `reasoning_content`, its result as the answer), `auto`, or an alias of "
+            "`gateway.aliases`. With `stream` the answer comes as chunks, and comments while nothing comes; "
+            "one that broke ends with an error and without `[DONE]`. To close the connection ends the work.",
+            query=None,
+            headers=(
+                Header("X-Tier", "Which LLMs should serve.", {"enum": list(get_args(Tier))}, example="main"),
+                Header("X-Privacy", "`local`: it does not leave this machine.", text, example="local"),
+                Header("X-Project", "The project that it is counted with.", text, example="shop"),
+            ),
+            body=wire.ChatCompletionRequest,
+            body_example={"model": "auto", "messages": [{"role": "user", "content": "Name a colour."}]},
+            answers=(
+                Answer(
+                    status=200,
+                    about="The whole answer, or its chunks.",
+                    kind=wire.ChatCompletion,
+                    is_also_streamed=True,
+                    example=wire.completion(
+                        reply, request_id="01a1fcd08cc97592", model="embedded", created=1795242888
+                    ),
+                    headers=(
+                        Header("X-LLM", "The LLM that answered.", text, example="embedded"),
+                        Header("X-Tier", "The tier that it was served as.", text, example="small"),
+                        Header("X-Routing-Reason", "Why that LLM.", text, example="embedded: best of 2"),
+                        Header("X-Overhead-Ms", "The server's own part of the wait.", text, example="0.61"),
+                    ),
+                ),
+            ),
+            refusals=openai_refusals(),
+        ),
+        Operation(
+            method="get",
+            path="/v1/models",
+            id="listModels",
+            tag="llms",
+            summary="Every name that `model` may have",
+            query=None,
+            answers=(
+                Answer(
+                    status=200,
+                    about="LLMs, tiers, roles and `auto`.",
+                    kind=ModelList,
+                    example=ModelList(data=(card,)),
+                ),
+            ),
+            refusals=openai_refusals(),
+        ),
+        Operation(
+            method="get",
+            path="/v1/models/{model}",
+            id="readModel",
+            tag="llms",
+            summary="One of them",
+            query=None,
+            answers=(Answer(status=200, about="The model.", kind=ModelCard, example=card),),
+            refusals=openai_refusals(),
+        ),
+    )
 
 
 def _header(scope: Any, name: bytes) -> str | None:

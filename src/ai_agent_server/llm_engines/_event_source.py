@@ -69,8 +69,11 @@ class EventSource:
                 events = wire.Events(engine=self._engine)
                 content, is_done = response.content, False
                 while not is_done:
-                    async with pace.waiting():
-                        piece = await content.readany()
+                    # What is there already need not be timed.
+                    piece = content.read_nowait()
+                    if not piece:
+                        async with pace.waiting():
+                            piece = await content.readany()
                     if not piece:
                         return
                     for event in events.feed(piece):
@@ -78,10 +81,11 @@ class EventSource:
                             is_done = True
                             break
                         yield event
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(END_S):
-                        while await content.readany():
-                            pass
+                if not content.at_eof():
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(END_S):
+                            while await content.readany():
+                                pass
         finally:
             # Back to the pool where the body was read to its end; closed otherwise.
             response.close() if not response.content.at_eof() else response.release()
