@@ -173,8 +173,8 @@ class ForeignPageError(AccessError):
 class LimitExceededError(AccessError):
     """The caller's share is used up.
 
-    `retry_after_s` is when it will be enough again, None when it never will. `is_quota`: a budget, or so
-    long a wait that a client should not repeat by itself.
+    `retry_after_s` is when it will be enough again, None when it never will. `is_quota`: a budget is
+    spent, rather than a rate passed.
     """
 
     def __init__(

@@ -78,6 +78,8 @@ async def _serve(
                     access_log=False,
                     lifespan="off",
                     server_header=False,
+                    # Whoever asks could say in them that he is another address.
+                    proxy_headers=False,
                     timeout_graceful_shutdown=max(1, round(server.settings.server.shutdown_s)),
                 ),
                 on_ready=lambda: ready(f"http://{shown}:{bound}"),

@@ -51,7 +51,7 @@ def test_what_is_allowed_is_given_and_the_next_is_told_when_to_come_again() -> N
         "key:laptop", "requests", 3, 60.0,
     )  # fmt: skip
     assert refusal.retry_after_s == 30.0
-    assert not refusal.is_quota
+    assert (refusal.is_quota, refusal.should_retry) == (False, True)
     assert isinstance(one(limiter, 59.9), Refusal)
     taken(one(limiter, 60.0))
     assert refused(one(limiter, 60.0)).retry_after_s == 10.0
@@ -74,7 +74,7 @@ def test_a_budget_in_total_is_never_free_again() -> None:
 
     refusal = refused(limiter.take(TOTAL, Amounts(usd=0.5), 1e9))
 
-    assert (refusal.retry_after_s, refusal.is_quota) == (None, True)
+    assert (refusal.retry_after_s, refusal.is_quota, refusal.should_retry) == (None, True, False)
     taken(limiter.take(TOTAL, Amounts(usd=0.25), 1e9))
 
 
@@ -133,7 +133,8 @@ def test_of_two_limits_without_room_the_longer_wait_is_told() -> None:
 
     refusal = refused(one(limiter, 1.0, shares))
 
-    assert (refusal.per_s, refusal.retry_after_s, refusal.is_quota) == (3600.0, 3599.0, True)
+    assert (refusal.per_s, refusal.retry_after_s) == (3600.0, 3599.0)
+    assert (refusal.is_quota, refusal.should_retry) == (False, False)
 
 
 def test_what_can_never_fit_is_told_at_once() -> None:

@@ -361,7 +361,7 @@ class Door:
         if refusal.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(refusal.retry_after_s)))
             headers["retry-after-ms"] = str(max(1, math.ceil(refusal.retry_after_s * 1000)))
-        if refusal.is_quota:
+        if not refusal.should_retry:
             headers["x-should-retry"] = "false"
         return LimitExceededError(
             _sentence(refusal),

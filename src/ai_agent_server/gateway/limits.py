@@ -91,8 +91,13 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_quota(self) -> bool:
-        """Whether a repeat by itself would only be a nuisance: a budget is spent, or the wait is long."""
-        return self.unit == "usd" or self.retry_after_s is None or self.retry_after_s > MAX_RETRY_S
+        """Whether a budget is spent, rather than a rate passed."""
+        return self.unit == "usd" or self.retry_after_s is None
+
+    @property
+    def should_retry(self) -> bool:
+        """Whether a client may repeat by itself."""
+        return not self.is_quota and (self.retry_after_s or 0.0) <= MAX_RETRY_S
 
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
