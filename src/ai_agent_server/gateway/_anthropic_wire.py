@@ -50,22 +50,27 @@ _STOP_REASON: dict[FinishReason, str] = {
 }
 
 T = TypeVar("T")
+RawObject = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "object"})]
+"""An object of any shape, as it was written; `_object` and `_bounded` judge it."""
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"]
+
+
+_NO_OBJECT, _NO_TEXT = msgspec.Raw(b"{}"), msgspec.Raw(b'""')
 
 
 # What comes in
 
 
-class _Source(msgspec.Struct, frozen=True, kw_only=True):
+class MessagesSource(msgspec.Struct, frozen=True, kw_only=True):
     """Of an image or a document."""
 
     type: str
     media_type: str = ""
     data: str = ""
-    content: msgspec.Raw = msgspec.Raw(b'""')
+    content: msgspec.Raw = msgspec.field(default_factory=lambda: _NO_TEXT)
 
 
-class _Block(msgspec.Struct, frozen=True, kw_only=True):
+class MessagesBlock(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of content. What depends on its type is read when the type is known."""
 
     type: str
@@ -76,62 +81,74 @@ class _Block(msgspec.Struct, frozen=True, kw_only=True):
     tool_use_id: str | None = None
     tool_name: str | None = None
     is_error: bool | None = None
-    input: msgspec.Raw = msgspec.Raw(b"{}")
-    content: msgspec.Raw = msgspec.Raw(b'""')
-    source: msgspec.Raw = msgspec.Raw(b"{}")
-    tool: msgspec.Raw = msgspec.Raw(b"{}")
+    input: RawObject = msgspec.field(default_factory=lambda: _NO_OBJECT)
+    content: msgspec.Raw = msgspec.field(default_factory=lambda: _NO_TEXT)
+    source: msgspec.Raw = msgspec.field(default_factory=lambda: _NO_OBJECT)
+    tool: msgspec.Raw = msgspec.field(default_factory=lambda: _NO_OBJECT)
 
 
-class _Turn(msgspec.Struct, frozen=True, kw_only=True):
+class MessagesTurn(msgspec.Struct, frozen=True, kw_only=True):
+    """One side's turn. Several of one side that follow each other are one."""
+
     role: Literal["user", "assistant", "system"]
-    content: str | tuple[_Block, ...]
+    content: str | tuple[MessagesBlock, ...]
 
 
-class _ToolDraft(msgspec.Struct, frozen=True, kw_only=True):
+class MessagesTool(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool that may be called. One with a `type` but `custom` is Anthropic's own, and left out."""
+
     type: str | None = None
     name: str = ""
     description: str | None = None
-    input_schema: msgspec.Raw = msgspec.Raw(b"{}")
+    input_schema: RawObject = msgspec.field(default_factory=lambda: _NO_OBJECT)
     defer_loading: bool | None = None
 
 
-class _NamedTool(msgspec.Struct, frozen=True, kw_only=True):
+class _ToolChange(msgspec.Struct, frozen=True, kw_only=True):
     """In a block that adds a tool in mid-conversation, or takes it away: by its name, or whole."""
 
     name: str = ""
-    definition: _ToolDraft | None = None
+    definition: MessagesTool | None = None
 
 
-class _ToolChoice(msgspec.Struct, frozen=True, kw_only=True):
+class MessagesToolChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a tool may, must or must not be called; `name` with `tool`."""
+
     type: Literal["auto", "any", "tool", "none"]
     name: str = ""
 
 
-class _Thinking(msgspec.Struct, frozen=True, kw_only=True):
+class MessagesThinking(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether what an LLM thinks aloud is shown."""
+
     type: str
     display: str | None = None
 
 
-class _Format(msgspec.Struct, frozen=True, kw_only=True):
+class MessagesFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """A JSON Schema that the answer has to obey."""
+
     type: str
-    schema: msgspec.Raw = msgspec.Raw(b"{}")
+    schema: RawObject = msgspec.field(default_factory=lambda: _NO_OBJECT)
 
 
-class _OutputConfig(msgspec.Struct, frozen=True, kw_only=True):
-    format: _Format | None = None
+class MessagesOutputConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer's form. `effort` is let pass."""
+
+    format: MessagesFormat | None = None
 
 
 class TokenCountDraft(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /v1/messages/count_tokens."""
 
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
-    messages: Annotated[tuple[_Turn, ...], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
-    system: str | tuple[_Block, ...] | None = None
-    tools: Annotated[tuple[_ToolDraft, ...], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: _ToolChoice | None = None
-    thinking: _Thinking | None = None
-    output_config: _OutputConfig | None = None
-    output_format: _Format | None = None
+    messages: Annotated[tuple[MessagesTurn, ...], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | tuple[MessagesBlock, ...] | None = None
+    tools: Annotated[tuple[MessagesTool, ...], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: MessagesToolChoice | None = None
+    thinking: MessagesThinking | None = None
+    output_config: MessagesOutputConfig | None = None
+    output_format: MessagesFormat | None = None
 
 
 class MessagesDraft(TokenCountDraft, frozen=True, kw_only=True):
@@ -152,9 +169,9 @@ class MessagesDraft(TokenCountDraft, frozen=True, kw_only=True):
 
 _messages = msgspec.json.Decoder(MessagesDraft)
 _token_counts = msgspec.json.Decoder(TokenCountDraft)
-_sources = msgspec.json.Decoder(_Source)
-_contents = msgspec.json.Decoder(str | tuple[_Block, ...])
-_named_tools = msgspec.json.Decoder(_NamedTool)
+_sources = msgspec.json.Decoder(MessagesSource)
+_contents = msgspec.json.Decoder(str | tuple[MessagesBlock, ...])
+_named_tools = msgspec.json.Decoder(_ToolChange)
 _objects = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -192,11 +209,13 @@ def chat_request(draft: TokenCountDraft) -> ChatRequest:
     )
 
 
-def _choice(choice: _ToolChoice | None, tools: tuple[Tool, ...]) -> Literal["auto", "none", "required"]:
+def _choice(
+    choice: MessagesToolChoice | None, tools: tuple[Tool, ...]
+) -> Literal["auto", "none", "required"]:
     match choice:
-        case _ToolChoice(type="none"):
+        case MessagesToolChoice(type="none"):
             return "none"
-        case _ToolChoice(type="any" | "tool"):
+        case MessagesToolChoice(type="any" | "tool"):
             if not tools:
                 raise _wrong("no tool was given that can be called", "tool_choice", "type")
             return "required"
@@ -237,7 +256,7 @@ def _tools(draft: TokenCountDraft) -> tuple[Tool, ...]:
     return tuple(shown.values())
 
 
-def _tool(draft: _ToolDraft, *path: str | int) -> Tool | None:
+def _tool(draft: MessagesTool, *path: str | int) -> Tool | None:
     if draft.type not in {None, "custom"}:
         return None
     if not draft.name:
@@ -246,11 +265,11 @@ def _tool(draft: _ToolDraft, *path: str | int) -> Tool | None:
     return Tool(name=draft.name, description=draft.description or "", parameters=parameters)
 
 
-def _referred(block: _Block, here: tuple[str | int, ...]) -> Iterator[str]:
+def _referred(block: MessagesBlock, here: tuple[str | int, ...]) -> Iterator[str]:
     """The tools that a search brought."""
     if b"tool_reference" in bytes(block.content):
         for piece in _at(_contents, block.content, *here, "content"):
-            if isinstance(piece, _Block) and piece.tool_name is not None:
+            if isinstance(piece, MessagesBlock) and piece.tool_name is not None:
                 yield piece.tool_name
 
 
@@ -286,7 +305,7 @@ def _conversation(draft: TokenCountDraft) -> Iterator[Message]:
             yield from _user(turn.content, at)
 
 
-def _system_text(system: str | tuple[_Block, ...] | None) -> str:
+def _system_text(system: str | tuple[MessagesBlock, ...] | None) -> str:
     if system is None or isinstance(system, str):
         return system or ""
     texts = (block.text for block in system if block.text)
@@ -310,7 +329,7 @@ def _joined(messages: Iterator[Message]) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _assistant(blocks: Iterable[_Block], at: int) -> Message:
+def _assistant(blocks: Iterable[MessagesBlock], at: int) -> Message:
     """What was said and called. Thoughts, and what Anthropic's servers did by themselves, are dropped."""
     parts: list[Part] = []
     calls = []
@@ -330,7 +349,7 @@ def _assistant(blocks: Iterable[_Block], at: int) -> Message:
     return Message(role="assistant", parts=tuple(parts), tool_calls=tuple(calls))
 
 
-def _user(blocks: Iterable[_Block], at: int) -> Iterator[Message]:
+def _user(blocks: Iterable[MessagesBlock], at: int) -> Iterator[Message]:
     """The results of calls, and then what the user says: a result must follow its call at once."""
     parts: list[Part] = []
     for index, block in enumerate(blocks):
@@ -352,7 +371,7 @@ def _user(blocks: Iterable[_Block], at: int) -> Iterator[Message]:
         yield Message(role="user", parts=tuple(parts))
 
 
-def _result(block: _Block, here: tuple[str | int, ...]) -> Iterator[Part]:
+def _result(block: MessagesBlock, here: tuple[str | int, ...]) -> Iterator[Part]:
     """What a tool brought."""
     content = _at(_contents, block.content, *here, "content")
     if isinstance(content, str):
@@ -369,7 +388,7 @@ class _UnreadableError(InvalidPacketError):
     """An attachment that no LLM here can read."""
 
 
-def _shown(block: _Block, here: tuple[str | int, ...]) -> tuple[Part, ...]:
+def _shown(block: MessagesBlock, here: tuple[str | int, ...]) -> tuple[Part, ...]:
     """A block as an LLM can take it. Raises `_UnreadableError`."""
     match block.type:
         case "text":
@@ -397,7 +416,7 @@ def _shown(block: _Block, here: tuple[str | int, ...]) -> tuple[Part, ...]:
             raise _unreadable(f"a block of the type {block.type[:80]!r} is not known here", here)
 
 
-def _document(block: _Block, here: tuple[str | int, ...]) -> str:
+def _document(block: MessagesBlock, here: tuple[str | int, ...]) -> str:
     source = _at(_sources, block.source, *here, "source")
     match source.type:
         case "text":
@@ -473,7 +492,7 @@ def _pointer(path: tuple[str | int, ...]) -> str:
 # What goes out
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
+class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens. Nothing here is kept for a price of its own, so the cache's figures are 0."""
 
     input_tokens: int
@@ -512,7 +531,7 @@ class MessageReply(msgspec.Struct, frozen=True, kw_only=True, tag="message"):
     content: tuple[TextBlock | ThinkingBlock | ToolUseBlock, ...]
     stop_reason: StopReason | None
     stop_sequence: str | None = None
-    usage: Usage
+    usage: MessageUsage
 
 
 class TokenCount(msgspec.Struct, frozen=True, kw_only=True):
@@ -521,17 +540,17 @@ class TokenCount(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: int
 
 
-class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+class AnthropicError(msgspec.Struct, frozen=True, kw_only=True):
     """What went wrong; `type` is one of Anthropic's words for it."""
 
     type: str
     message: str
 
 
-class ErrorReply(msgspec.Struct, frozen=True, kw_only=True, tag="error"):
+class AnthropicErrorBody(msgspec.Struct, frozen=True, kw_only=True, tag="error"):
     """The object that every error on this surface is, also inside a stream."""
 
-    error: ErrorDetail
+    error: AnthropicError
     request_id: str
 
 
@@ -661,7 +680,7 @@ class Answer:
             content=tuple(self._blocks),
             stop_reason=reason,
             stop_sequence=self._scan.found,
-            usage=Usage(
+            usage=MessageUsage(
                 input_tokens=self._usage.input_tokens,
                 # Who stops an engine does not hear its count; a delta is about a token.
                 output_tokens=self._usage.output_tokens or self._written,
@@ -742,7 +761,9 @@ def _arguments(text: str) -> JSONObject:
 
 def error_event(kind: str, message: str, request_id: str) -> bytes:
     """The event that ends a stream badly."""
-    return _event(ErrorReply(error=ErrorDetail(type=kind, message=message), request_id=request_id), "error")
+    return _event(
+        AnthropicErrorBody(error=AnthropicError(type=kind, message=message), request_id=request_id), "error"
+    )
 
 
 _encoder = msgspec.json.Encoder()

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import msgspec
 import structlog
@@ -11,8 +11,9 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.response.base import ASGIResponse
 
 from ai_agent_server.config.settings import Settings
+from ai_agent_server.core.api_operations import Answer, Header, Operation
 from ai_agent_server.core.api_schemas import JSON
-from ai_agent_server.core.chat import ChatRequest
+from ai_agent_server.core.chat import ChatRequest, JSONObject, Tier
 from ai_agent_server.core.event_stream import ClientLeftError, EventStream, WhileConnected
 from ai_agent_server.core.request_body import read_body
 from ai_agent_server.errors import AgentServerError
@@ -20,10 +21,11 @@ from ai_agent_server.gateway import _anthropic_wire as wire
 from ai_agent_server.gateway._asking import NO_LONGER_READ, tier_of
 from ai_agent_server.gateway._errors import Form, WireError, wire_error
 from ai_agent_server.gateway.caller import caller_of
+from ai_agent_server.gateway.door import COUNTED
 from ai_agent_server.gateway.serving import KeepAlive, Opened, Serving
 from ai_agent_server.load_balancer import estimate
 
-__all__ = ("AnthropicApi", "anthropic_form")
+__all__ = ("AnthropicApi", "anthropic_form", "operations")
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +60,7 @@ class AnthropicApi:
         """The routes."""
         return [
             post(PATH, status_code=200)(self.messages),
-            post(f"{PATH}/count_tokens", status_code=200)(self.count_tokens),
+            post(f"{PATH}/count_tokens", status_code=200, opt={COUNTED: False})(self.count_tokens),
             head("/", opt={"public": True})(self.knock),
         ]
 
@@ -107,13 +109,111 @@ class AnthropicApi:
         return await read_body(request, int(self._settings().server.max_body_mb * 1024 * 1024))
 
 
+def operations() -> tuple[Operation, ...]:
+    """The routes as the API's document tells them."""
+    asked: JSONObject = {
+        "model": "auto",
+        "system": "Be brief.",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    message = wire.MessageReply(
+        id="msg_01936f2a-7c1e-7b3a-9d55-2f4be0a1c9d7",
+        model="embedded",
+        content=(wire.TextBlock(text="Paris."),),
+        stop_reason="end_turn",
+        usage=wire.MessageUsage(input_tokens=31, output_tokens=3),
+    )
+    return (
+        Operation(
+            method="post",
+            path=PATH,
+            id="createMessage",
+            tag="llms",
+            summary="The next message of a conversation, in Anthropic's form",
+            about="For Anthropic's SDKs and Claude Code. `model` is an LLM, a tier, `profile/role`, `auto`, "
+            "or an alias of `gateway.aliases`. With `stream` it comes as named events, and `ping` while "
+            "nothing else does; one that broke ends with `error` and without `message_stop`. Fields, tools "
+            "and blocks that are not known here are let pass.",
+            query=None,
+            headers=(
+                Header("X-Tier", "Which LLMs should serve.", {"enum": list(get_args(Tier))}, example="main"),
+            ),
+            body=wire.MessagesDraft,
+            body_example={**asked, "max_tokens": 200},
+            answers=(
+                Answer(
+                    status=200,
+                    about="The message.",
+                    kind=wire.MessageReply,
+                    example=message,
+                    is_also_streamed=True,
+                ),
+            ),
+            refusals=_refusals(),
+        ),
+        Operation(
+            method="post",
+            path=f"{PATH}/count_tokens",
+            id="countTokens",
+            tag="llms",
+            summary="About how many tokens a conversation has, in Anthropic's form",
+            about="Estimated, without asking the LLM.",
+            query=None,
+            body=wire.TokenCountDraft,
+            body_example=asked,
+            answers=(
+                Answer(
+                    status=200,
+                    about="The estimate.",
+                    kind=wire.TokenCount,
+                    example=wire.TokenCount(input_tokens=19),
+                ),
+            ),
+            refusals=_refusals(),
+        ),
+    )
+
+
+def _refusals() -> tuple[Answer, ...]:
+    told = {
+        400: "The body is malformed, or cannot be served as it is.",
+        401: "No key of this server was shown.",
+        403: "The key, or the page that asks, is not for this.",
+        404: "There is no such model.",
+        409: "The idempotency key was used before with another body.",
+        413: "The body is too large.",
+        415: "The body is not declared as JSON.",
+        422: "The task that a role was asked for failed.",
+        429: "The caller's share is used up, or every LLM is busy; `Retry-After` says when to come again.",
+        500: "The server failed; its log says more.",
+        502: "The LLM's engine failed.",
+        503: "No LLM may serve, and none will.",
+        504: "The LLM's engine was silent for too long.",
+        529: "No LLM can serve now.",
+    }
+    return tuple(
+        Answer(
+            status=status,
+            about=about,
+            kind=wire.AnthropicErrorBody,
+            example=wire.AnthropicErrorBody(
+                error=wire.AnthropicError(
+                    type="api_error" if status == 503 else _TYPES.get(status, "api_error"), message=about
+                ),
+                request_id="01936f2a-7c1e-7b3a-9d55-2f4be0a1c9d7",
+            ),
+        )
+        for status, about in told.items()
+    )
+
+
 def anthropic_form(new_id: Callable[[], str]) -> Form:
     """Answers errors in Anthropic's form. Each has an id, as a successful answer has."""
 
     def form(error: WireError) -> Response[bytes]:
         request_id = error.headers.get("x-request-id") or new_id()
         status, detail = _told(error)
-        body = wire.ErrorReply(error=detail, request_id=request_id)
+        body = wire.AnthropicErrorBody(error=detail, request_id=request_id)
         return Response(
             msgspec.json.encode(body),
             media_type=JSON,
@@ -124,7 +224,7 @@ def anthropic_form(new_id: Callable[[], str]) -> Form:
     return form
 
 
-def _told(error: WireError) -> tuple[int, wire.ErrorDetail]:
+def _told(error: WireError) -> tuple[int, wire.AnthropicError]:
     """The status and Anthropic's words for an error."""
     status, message = error.status, error.message
     match error.code:
@@ -141,8 +241,8 @@ def _told(error: WireError) -> tuple[int, wire.ErrorDetail]:
     if status == 503 and error.headers.get("x-should-retry") != "false":
         status = 529
     elif status == 503:
-        return status, wire.ErrorDetail(type="api_error", message=message)
-    return status, wire.ErrorDetail(type=_TYPES.get(status, "api_error"), message=message)
+        return status, wire.AnthropicError(type="api_error", message=message)
+    return status, wire.AnthropicError(type=_TYPES.get(status, "api_error"), message=message)
 
 
 async def _whole(opened: Opened, draft: wire.MessagesDraft, asked: ChatRequest) -> ASGIResponse:
