@@ -261,6 +261,7 @@ async def running(
             clock=asyncio.get_running_loop().time,
             rng=random.Random(),
             keep_toggle=toggles.keep,
+            accelerators=settings.accelerators,
         )
         stack.push_async_callback(balancer.aclose)
         balancer.start()

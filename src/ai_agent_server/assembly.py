@@ -135,6 +135,7 @@ def _role(settings: Settings, profile_name: str, role_name: str, folder: Path | 
             tier=role.tier,
             prefer=role.prefer,
             privacy="local" if locked_local else role.privacy,
+            urgency=role.urgency,
         ),
         limits=role.limits.over(settings.limits) if role.limits else settings.limits,
         payload_schema=role.payload_schema or profile.payload_schema,

@@ -149,6 +149,8 @@ MEANINGLESS: tuple[tuple[str, Any, str, str, tuple[str, ...]], ...] = (
     ("/llms/one/options/base_url", 7, "/llms/one/options/base_url", "URL", ()),
     ("/llms/one/engine", "api.openai", "/llms/one/source", "loopback", ()),
     ("/accelerators/gpu/headroom_mb", 8000, "/accelerators/gpu/headroom_mb", "no memory", ()),
+    ("/llms/one/source", "api", "/llms/one/accelerator", "needs no accelerator", ()),
+    ("/llms/one/memory_mb", 8000, "/llms/one/memory_mb", "never fit: models have 7488 MB of gpu", ()),
     ("/profiles/tasks", {"roles": {"qa": {}}}, "/profiles/tasks", "shadow the route", ()),
     ("/profiles/My Team", {"roles": {"qa": {}}}, "/profiles/My Team", "must be lower-case", ()),
     ("/profiles/developer/roles", {}, "/profiles/developer/roles", "at least one role", ()),

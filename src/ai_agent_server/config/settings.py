@@ -14,7 +14,7 @@ import msgspec
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 
-from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier
+from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier, Urgency
 from ai_agent_server.core.packet_json import json_pointer
 from ai_agent_server.core.task_packet import Limits, LimitsDraft
 from ai_agent_server.core.workflow import END, Workflow
@@ -71,6 +71,12 @@ class Accelerator(_Section, frozen=True, kw_only=True):
 
     memory_mb: Megabytes
     headroom_mb: Megabytes = 512
+    max_wait_s: Seconds = 60.0
+    """An LLM that was wanted for so long while it was out of memory comes in next; at most half of
+    balancer.max_wait_s."""
+    hold_s: Seconds = 120.0
+    """For so long after an interactive request, background work takes no memory from its LLM."""
+    max_queued: Count = 256
 
 
 class EnvSecret(_Section, frozen=True, kw_only=True):
@@ -115,6 +121,8 @@ class RoleSettings(_Section, frozen=True, kw_only=True):
     tier: Tier | None = None
     prefer: tuple[str, ...] = ()
     privacy: Privacy = "any"
+    urgency: Urgency = "interactive"
+    """Whom an accelerator serves first: `interactive`, then `batch`, then `background`."""
     prompt: str | None = None
     """A file, relative to the configuration's folder or to the packaged prompts. By default
     `<profile>/<role>.md`."""
@@ -486,6 +494,8 @@ def _check_meaning(settings: Settings, source: str) -> None:
                 "llms", name, "accelerator",
                 choices=tuple(settings.accelerators),
             )  # fmt: skip
+        if llm.accelerator is not None:
+            _check_memory(settings, name, llm, wrong)
         base_url = llm.options.get("base_url", "")
         if base_url and not _is_http(base_url):
             raise wrong("not an http(s) URL", "llms", name, "options", "base_url")
@@ -509,6 +519,20 @@ def _check_meaning(settings: Settings, source: str) -> None:
 def roles_as_models(settings: Settings) -> tuple[str, ...]:
     """Every `profile/role`, which is also the name of a model."""
     return tuple(f"{name}/{role}" for name, profile in settings.profiles.items() for role in profile.roles)
+
+
+def _check_memory(settings: Settings, name: str, llm: LLMSettings, wrong: Any) -> None:
+    """An LLM that shares an accelerator has to be able to be in it, alone at least."""
+    if llm.source == "api":
+        raise wrong("an API needs no accelerator: leave it out", "llms", name, "accelerator")
+    accelerator = settings.accelerators[llm.accelerator or ""]
+    room_mb = accelerator.memory_mb - accelerator.headroom_mb
+    if llm.memory_mb is not None and llm.memory_mb > room_mb:
+        raise wrong(
+            f"it can never fit: models have {room_mb} MB of {llm.accelerator}; take "
+            "a smaller model or quantisation, less context, or leave memory_mb out to have it measured",
+            "llms", name, "memory_mb",
+        )  # fmt: skip
 
 
 def _check_profiles(settings: Settings, wrong: Any) -> None:

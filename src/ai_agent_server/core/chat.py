@@ -11,6 +11,8 @@ ChatRole = Literal["system", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 Privacy = Literal["any", "local"]
 Tier = Literal["small", "main"]
+Urgency = Literal["interactive", "batch", "background"]
+"""Whom an accelerator serves first: someone who waits at the keyboard, work, or what has time."""
 Capability = Literal["chat", "tools", "json_schema", "vision", "embeddings"]
 
 
@@ -86,6 +88,9 @@ class RouteHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     privacy: Privacy = "any"
     """`local`: never an LLM whose source is `api`, whatever fails."""
     max_cost_usd: float | None = None
+    urgency: Urgency = "interactive"
+    key: str = ""
+    """Whose request it is: an accelerator shares its time between keys."""
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):

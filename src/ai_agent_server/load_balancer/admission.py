@@ -13,6 +13,7 @@ from ai_agent_server.config.settings import BalancerSettings
 from ai_agent_server.core.chat import Decision
 from ai_agent_server.errors import AgentServerError, EngineError, EngineRequestError, NoLLMError
 from ai_agent_server.load_balancer import circuit
+from ai_agent_server.load_balancer.accelerator import AcceleratorQueue
 from ai_agent_server.load_balancer.base import BalancingStrategy, LLMView, Requirements
 from ai_agent_server.load_balancer.load_balancer import decide, may_wait_for, refusals
 from ai_agent_server.load_balancer.standing import HeldEngine, Standing
@@ -52,6 +53,11 @@ class Lease:
     first_token_s: float | None = None
     shown: bool = False
     """Whether the circuit was told how it went."""
+    answered: bool = False
+    """The whole answer came."""
+    queue: AcceleratorQueue | None = None
+    turn: str | None = None
+    """Its turn on an accelerator."""
 
 
 @dataclass
@@ -133,6 +139,8 @@ class Admission:
             standing.circuit = circuit.abandoned(standing.circuit, probe=lease.probe)
         standing.in_flight -= 1
         lease.held.leave()
+        if lease.queue is not None and lease.turn is not None:
+            lease.queue.leave(lease.turn, answered=lease.answered)
         self.dispatch(changed=circuit.state(standing.circuit, self._clock()) == "open")
 
     def dispatch(self, *, changed: bool = False) -> None:

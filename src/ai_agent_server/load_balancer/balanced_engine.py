@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 import structlog
 
-from ai_agent_server.config.settings import BalancerSettings
+from ai_agent_server.config.settings import Accelerator, BalancerSettings
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, ChatUsage, Decision
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import (
@@ -23,8 +23,10 @@ from ai_agent_server.errors import (
 )
 from ai_agent_server.llm_engines.base import EmbeddingEngine, ModelCard
 from ai_agent_server.load_balancer import circuit, estimate
+from ai_agent_server.load_balancer.accelerator import AcceleratorQueue
 from ai_agent_server.load_balancer.admission import Admission, Journey, Lease
-from ai_agent_server.load_balancer.base import BalancingStrategy, LLMView, Requirements
+from ai_agent_server.load_balancer.base import AcceleratorView, BalancingStrategy, LLMView, Requirements
+from ai_agent_server.load_balancer.scheduler import CONFIGURED_ANEW, Refuse, Start
 from ai_agent_server.load_balancer.standing import HeldEngine, Member, Standing, same_engine
 
 __all__ = ("BalancedEngine", "Member")
@@ -32,6 +34,8 @@ __all__ = ("BalancedEngine", "Member")
 log = structlog.get_logger(__name__)
 
 RESIDENCY_TIMEOUT_S = 2.0
+A_WAIT_S = 0.001
+"""What is shorter was no wait."""
 
 EventKind = Literal[
     "llm.circuit_opened",
@@ -69,13 +73,19 @@ class BalancedEngine:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         keep_toggle: KeepToggle | None = None,
         residency_interval_s: float = 5.0,
+        accelerators: Mapping[str, Accelerator] | None = None,
     ) -> None:
         """`clock` is monotonic, in seconds; `settings.strategy` is the name that decisions give.
 
-        `keep_toggle` makes a switch survive a restart before it counts.
+        `keep_toggle` makes a switch survive a restart before it counts. LLMs whose settings name one
+        of `accelerators` share its memory and its queue.
         """
+        self._queues = {
+            name: AcceleratorQueue(name, each, settings, clock=clock, sleep=sleep)
+            for name, each in (accelerators or {}).items()
+        }
         self._admission = Admission(
-            {name: Standing(name, member) for name, member in members.items()},
+            {name: Standing(name, member, self._queue_of(member)) for name, member in members.items()},
             strategy=strategy,
             settings=settings,
             clock=clock,
@@ -86,6 +96,7 @@ class BalancedEngine:
         self._residency_interval_s = residency_interval_s
         self._watch: asyncio.Task[None] | None = None
         self._retired: dict[HeldEngine, asyncio.Task[None]] = {}
+        self._configure_queues()
 
     # The engine port
 
@@ -118,7 +129,10 @@ class BalancedEngine:
             if llm is None:
                 return
         standing = self._named(llm)
-        await standing.held.engine.load()
+        if standing.accelerator is None:
+            await standing.held.engine.load()
+        else:
+            await self._load_in_turn(standing, standing.accelerator)
         await self._look_at(standing)
 
     async def unload(self, llm: str | None = None) -> None:
@@ -130,6 +144,8 @@ class BalancedEngine:
     async def aclose(self) -> None:
         """End every wait, stop the background work, close every engine."""
         self._admission.close()
+        for queue in self._queues.values():
+            await queue.aclose()
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait((self._watch,))
@@ -160,10 +176,14 @@ class BalancedEngine:
         """Which LLM would serve now, and why; nothing is called."""
         return self._admission.decide(wanted)
 
+    def accelerators(self) -> tuple[AcceleratorView, ...]:
+        """Every accelerator: its memory, its queue, its last decisions."""
+        return tuple(queue.view() for queue in self._queues.values())
+
     @property
     def waiting(self) -> int:
         """Requests that wait for a place."""
-        return self._admission.waiting
+        return self._admission.waiting + sum(queue.queued for queue in self._queues.values())
 
     def cost_usd(self, llm: str, usage: ChatUsage) -> float:
         """What `usage` cost on `llm`; 0 for an LLM that is configured no more."""
@@ -216,11 +236,16 @@ class BalancedEngine:
                 if member.engine is not kept.held.engine:
                     self._retire(HeldEngine(name, member.engine))
             else:
-                admission.standings[name] = Standing(name, member)
-        for name, standing in old.items():
-            if admission.standings.get(name) is not standing:
+                admission.standings[name] = Standing(name, member, self._queue_of(member))
+        replaced = frozenset(
+            name for name, standing in old.items() if admission.standings.get(name) is not standing
+        )
+        # First, so that those who wait for an engine let go of it.
+        self._configure_queues(replaced)
+        for name in old:
+            if name in replaced:
                 self._tell("llm.replaced", name)
-                self._retire(standing.held)
+                self._retire(old[name].held, old[name].accelerator)
         admission.dispatch(changed=True)
 
     async def refresh_residency(self) -> None:
@@ -234,7 +259,7 @@ class BalancedEngine:
     @asynccontextmanager
     async def _attempt(self, journey: Journey) -> AsyncIterator[Lease]:
         """A place for one try. A failure that another try may make good ends here, after its pause."""
-        lease = await self._admission.place(journey)
+        lease = await self._place(journey)
         try:
             if lease.waited_s:
                 self._tell("llm.waited", lease.standing.name, wait_s=lease.waited_s)
@@ -251,6 +276,36 @@ class BalancedEngine:
         if pause_s:
             await self._sleep(pause_s)
 
+    async def _place(self, journey: Journey) -> Lease:
+        """A place, and where the LLM is on an accelerator a turn there."""
+        while True:
+            lease = await self._admission.place(journey)
+            lease.queue = lease.standing.accelerator
+            if lease.queue is None:
+                return lease
+            asked_s, wanted = self._clock(), journey.wanted
+            try:
+                turn = await lease.queue.turn(lease.standing.name, key=wanted.key, urgency=wanted.urgency)
+            except BaseException:
+                self._admission.release(lease)
+                raise
+            lease.started_s = self._clock()
+            waited_s = lease.started_s - asked_s
+            if waited_s >= A_WAIT_S:
+                lease.waited_s += waited_s
+                journey.waited_s += waited_s
+            if isinstance(turn, Start):
+                lease.turn, lease.cold = turn.request, False
+                return lease
+            self._admission.release(lease)
+            _note_refusal(journey, lease.standing.name, turn)
+
+    async def _load_in_turn(self, standing: Standing, queue: AcceleratorQueue) -> None:
+        turn = await queue.turn(standing.name, key="", urgency="interactive")
+        if isinstance(turn, Refuse):
+            raise EngineBusyError(turn.why, engine=standing.name, retry_after_s=turn.retry_after_s)
+        queue.leave(turn.request, answered=False)
+
     async def _vectors(self, lease: Lease, request: EmbeddingRequest) -> EmbeddingReply:
         standing, engine = lease.standing, lease.held.engine
         if not isinstance(engine, EmbeddingEngine):
@@ -258,7 +313,7 @@ class BalancedEngine:
         reply = await engine.embed(request)
         self._first_token(lease)
         standing.finished(reply.usage, 0.0)
-        lease.shown = True
+        lease.shown = lease.answered = True
         return msgspec.structs.replace(
             reply, llm=standing.name, source=standing.settings.source, decision=lease.decision
         )
@@ -296,7 +351,7 @@ class BalancedEngine:
             raise EngineProtocolError("the stream ended without a finish_reason", engine=standing.name)
         writing_s = self._clock() - (lease.first_token_s or lease.started_s) - held_back_s
         standing.finished(usage, writing_s)
-        lease.shown = True
+        lease.shown = lease.answered = True
 
     def _first_token(self, lease: Lease) -> None:
         standing = lease.standing
@@ -370,6 +425,7 @@ class BalancedEngine:
 
     async def _look_at(self, standing: Standing) -> None:
         cards: tuple[ModelCard, ...] = ()
+        began_s = self._clock()
         try:
             async with asyncio.timeout(RESIDENCY_TIMEOUT_S):
                 cards = await standing.held.engine.models()
@@ -378,17 +434,37 @@ class BalancedEngine:
         except Exception:
             # A fault in one engine must not end the watch over the others.
             log.exception("llm.residency_unknown", llm=standing.name)
-        standing.seen(cards)
+        standing.seen(cards, began_s)
 
-    def _retire(self, held: HeldEngine) -> None:
-        self._retired[held] = asyncio.create_task(self._close_after_last(held), name=f"close {held.name}")
+    def _retire(self, held: HeldEngine, queue: AcceleratorQueue | None = None) -> None:
+        """Close it after its last stream, then tell `queue`, which holds memory for it."""
+        self._retired[held] = asyncio.create_task(
+            self._close_after_last(held, queue), name=f"close {held.name}"
+        )
 
-    async def _close_after_last(self, held: HeldEngine) -> None:
+    async def _close_after_last(self, held: HeldEngine, queue: AcceleratorQueue | None) -> None:
         try:
             await held.idle.wait()
             await self._close(held)
         finally:
             del self._retired[held]
+            if queue is not None:
+                queue.retired(held.name)
+
+    def _queue_of(self, member: Member) -> AcceleratorQueue | None:
+        return self._queues.get(member.settings.accelerator or "")
+
+    def _configure_queues(self, replaced: frozenset[str] = frozenset()) -> None:
+        for queue in self._queues.values():
+            queue.configure(
+                {
+                    name: standing.engined
+                    for name, standing in self._admission.standings.items()
+                    if standing.accelerator is queue
+                },
+                self._admission.settings,
+                replaced=replaced,
+            )
 
     async def _close(self, held: HeldEngine) -> None:
         try:
@@ -419,3 +495,13 @@ def _is_the_askers(error: EngineError) -> bool:
     """Whether the request itself was wrong, so that no other LLM need be asked."""
     elsewhere = ContextOverflowError | ModelNotFoundError
     return isinstance(error, EngineRequestError) and not isinstance(error, elsewhere)
+
+
+def _note_refusal(journey: Journey, name: str, refusal: Refuse) -> None:
+    """An accelerator's queue said no: the request goes elsewhere, or ends with when to come again."""
+    if refusal.why == CONFIGURED_ANEW:
+        return
+    journey.failures[name] = refusal.why
+    journey.exclude(name)
+    if refusal.retry_after_s is not None:
+        journey.last_error = EngineBusyError(refusal.why, engine=name, retry_after_s=refusal.retry_after_s)

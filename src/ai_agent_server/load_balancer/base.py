@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from ai_agent_server.core.chat import Capability, Privacy, Tier
+from ai_agent_server.core.chat import Capability, Privacy, Tier, Urgency
 
 CircuitState = Literal["closed", "open", "half_open"]
 Source = Literal["local", "api"]
@@ -39,6 +39,8 @@ class LLMView(msgspec.Struct, frozen=True, kw_only=True):
     """How long a first token took when the model was not in memory."""
     failures: int = 0
     """Failures in a row."""
+    wait_s: float | None = None
+    """What a request would wait for an accelerator, the load included; None where there is none."""
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,8 +58,67 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 256
     """The most that may be written."""
     max_cost_usd: float | None = None
+    urgency: Urgency = "interactive"
+    key: str = ""
     exclude: frozenset[str] = frozenset()
     """LLMs that already failed this very request."""
+
+
+class MemoryView(msgspec.Struct, frozen=True, kw_only=True):
+    """An LLM in the books of its accelerator."""
+
+    llm: str
+    engine: str
+    state: Literal["cold", "loading", "warm", "unloading"]
+    draining: bool
+    """It takes no more requests, and goes when the last one has ended."""
+    memory_mb: float | None
+    basis: Literal["measured", "declared", "estimated", "unknown"]
+    held_mb: float
+    """What is taken for it now."""
+    slots: int
+    running: int
+    queued: int
+    load_s: float
+
+
+class QueuedView(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that waits for an accelerator."""
+
+    request: str
+    llm: str
+    urgency: Urgency
+    place: int
+    """Among those of its LLM; 1 is next."""
+    waited_s: float
+    wait_s: float
+    """Until it starts, estimated."""
+
+
+class QueueDecision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something that an accelerator's queue decided, `ago_s` before it was asked."""
+
+    what: Literal["load", "unload", "start", "refuse"]
+    why: str
+    """`GQ-8 waited its time`, say: the rule, as in load_balancer/design.md."""
+    ago_s: float
+    llm: str = ""
+    request: str = ""
+
+
+class AcceleratorView(msgspec.Struct, frozen=True, kw_only=True):
+    """An accelerator as it stands: the books of its memory, its queue, its last decisions, newest first."""
+
+    name: str
+    memory_mb: float
+    headroom_mb: float
+    external_mb: float
+    """What other programs take, as far as it is known."""
+    budget_mb: float
+    used_mb: float
+    llms: tuple[MemoryView, ...]
+    queue: tuple[QueuedView, ...]
+    recent: tuple[QueueDecision, ...]
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):

@@ -67,6 +67,8 @@ def requirements(request: ChatRequest) -> Requirements:
         input_tokens=input_tokens(request),
         output_tokens=request.max_tokens if request.max_tokens is not None else OUTPUT_TOKENS,
         max_cost_usd=route.max_cost_usd,
+        urgency=route.urgency,
+        key=route.key,
     )
 
 
@@ -129,14 +131,16 @@ def answer_s(view: LLMView, output_tokens: int) -> float:
 
 
 def load_s(view: LLMView) -> float:
-    """What bringing the model into memory adds; 0 where it is there or nobody knows."""
-    if view.resident is not False:
+    """What bringing the model into memory adds; 0 where it is there, in the wait, or nobody knows."""
+    if view.resident is not False or view.wait_s is not None:
         return 0.0
     return UNMEASURED_LOAD_S if view.load_s is None else max(0.0, view.load_s - first_token_s(view))
 
 
 def queue_s(view: LLMView, output_tokens: int) -> float:
     """The wait for a slot, taking those before for requests like this one."""
+    if view.wait_s is not None:
+        return view.wait_s
     if free_slots(view) is None or free_slots(view):
         return 0.0
     before = view.in_flight + view.waiting - view.slots + 1

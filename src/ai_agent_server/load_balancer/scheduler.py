@@ -14,9 +14,9 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from ai_agent_server.core.chat import Urgency
 from ai_agent_server.load_balancer.memory_ledger import Footprint, MemoryLedger
 
-Urgency = Literal["interactive", "batch", "background"]
 State = Literal["cold", "loading", "warm", "unloading"]
 
 RANKS: dict[Urgency, int] = {"interactive": 0, "batch": 1, "background": 2}
@@ -27,6 +27,7 @@ REGRETTED = 0.3
 MAX_KEYS = 1024
 """Keys whose account is kept while they owe something."""
 LONGEST_RETRY_S = 120.0
+CONFIGURED_ANEW = "GQ-10 configured anew"
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -403,21 +404,13 @@ class Scheduler:
         """Requests that wait."""
         return self._queued
 
+    def seat(self, llm: str) -> Seat | None:
+        """How `llm` stands; None where it is not one of the models."""
+        return self._shown(self._seats[llm]) if llm in self._seats else None
+
     def seats(self) -> tuple[Seat, ...]:
         """Every model as it stands."""
-        return tuple(
-            Seat(
-                llm=seat.name,
-                state=seat.state,
-                draining=seat.state == "warm" and self._draining(seat),
-                running=seat.busy,
-                queued=seat.queued,
-                slots=seat.model.slots,
-                load_s=seat.load_s,
-                service_s=seat.service_s,
-            )
-            for seat in self._seats.values()
-        )
+        return tuple(map(self._shown, self._seats.values()))
 
     def handle(self, event: Event, now_s: float) -> tuple[Effect, ...]:
         """Take `event`; what is to be done now, in this order. `now_s` is monotonic."""
@@ -601,7 +594,7 @@ class Scheduler:
         for name, seat in self._seats.items():
             seat.configured = name in event.models
             if not seat.configured or name in event.replaced:
-                self._refuse_all(seat, 0.0, "GQ-10 configured anew")
+                self._refuse_all(seat, 0.0, CONFIGURED_ANEW)
                 seat.retiring = seat.state != "cold"
         for name, model in event.models.items():
             if name in self._seats:
@@ -907,6 +900,18 @@ class Scheduler:
     def _wake(self, at_s: float) -> None:
         if at_s > self._now_s:
             self._wake_s = min(self._wake_s, at_s)
+
+    def _shown(self, seat: _Seat) -> Seat:
+        return Seat(
+            llm=seat.name,
+            state=seat.state,
+            draining=seat.state == "warm" and self._draining(seat),
+            running=seat.busy,
+            queued=seat.queued,
+            slots=seat.model.slots,
+            load_s=seat.load_s,
+            service_s=seat.service_s,
+        )
 
     # Estimates
 

@@ -9,6 +9,7 @@ from ai_agent_server.config.settings import CircuitSettings, LLMSettings
 from ai_agent_server.core.chat import ChatUsage
 from ai_agent_server.llm_engines.base import LLMEngine, ModelCard, Residency
 from ai_agent_server.load_balancer import circuit
+from ai_agent_server.load_balancer.accelerator import AcceleratorQueue, Engined, own_card
 from ai_agent_server.load_balancer.base import LLMView
 from ai_agent_server.load_balancer.circuit import Circuit
 
@@ -50,8 +51,9 @@ class HeldEngine:
 class Standing:
     """The state of one LLM. Belongs to one event loop; times are the balancer's clock's."""
 
-    def __init__(self, name: str, member: Member) -> None:
-        self.name = name
+    def __init__(self, name: str, member: Member, accelerator: AcceleratorQueue | None = None) -> None:
+        """`accelerator` is whose memory and time the LLM shares with others."""
+        self.name, self.accelerator = name, accelerator
         self.settings = member.settings
         self.toggle = member.settings.toggle if member.switched is None else member.switched
         self.held = HeldEngine(name, member.engine)
@@ -71,8 +73,19 @@ class Standing:
 
     @property
     def has_slot(self) -> bool:
-        """Whether one more may be sent at once. An API bounds that itself, by 429."""
-        return self.settings.source == "api" or self.in_flight < self.settings.slots
+        """Whether one more may be sent at once. An API bounds that by 429, an accelerator by turns."""
+        return (
+            self.accelerator is not None
+            or self.settings.source == "api"
+            or self.in_flight < self.settings.slots
+        )
+
+    @property
+    def engined(self) -> Engined:
+        """What its accelerator knows of it."""
+        return Engined(
+            settings=self.settings, engine=self.held.engine, enter=self.held.enter, leave=self.held.leave
+        )
 
     @property
     def resident(self) -> bool | None:
@@ -82,7 +95,7 @@ class Standing:
     def view(self, now_s: float, *, waiting: int = 0) -> LLMView:
         """What strategies and people see."""
         settings = self.settings
-        return LLMView(
+        view = LLMView(
             name=self.name,
             source=settings.source,
             tier=settings.tier,
@@ -103,6 +116,17 @@ class Standing:
             tokens_per_s=self._tokens_per_s,
             load_s=self._load_s,
             failures=self.circuit.failures,
+        )
+        seat = None if self.accelerator is None else self.accelerator.seat(self.name)
+        if self.accelerator is None or seat is None:
+            return view
+        return msgspec.structs.replace(
+            view,
+            in_flight=seat.running,
+            waiting=waiting + seat.queued,
+            resident=seat.state == "warm",
+            load_s=seat.load_s,
+            wait_s=self.accelerator.wait_s(self.name),
         )
 
     def begin(self, now_s: float) -> bool:
@@ -128,11 +152,13 @@ class Standing:
         if usage.output_tokens > 1 and writing_s > 0:
             self._tokens_per_s = _mean(self._tokens_per_s, (usage.output_tokens - 1) / writing_s)
 
-    def seen(self, cards: tuple[ModelCard, ...]) -> None:
-        """What the engine says of its models; nothing about ours leaves its residency unknown."""
-        card = _ours(self.settings.model, cards)
+    def seen(self, cards: tuple[ModelCard, ...], began_s: float) -> None:
+        """What the engine says of its models, asked at `began_s`; of ours nothing leaves it unknown."""
+        card = own_card(self.settings.model, cards)
         self.residency = "unknown" if card is None else card.residency
         self.memory_bytes = None if card is None else card.memory_bytes
+        if card is not None and self.accelerator is not None:
+            self.accelerator.seen(self.name, card, began_s)
 
     def card(self) -> ModelCard:
         """The LLM under the name that it has here."""
@@ -152,7 +178,6 @@ def same_engine(old: LLMSettings, new: LLMSettings) -> bool:
         locked=old.locked,
         tier=old.tier,
         capabilities=old.capabilities,
-        accelerator=old.accelerator,
         memory_mb=old.memory_mb,
         cost_per_million_input_usd=old.cost_per_million_input_usd,
         cost_per_million_output_usd=old.cost_per_million_output_usd,
@@ -161,12 +186,3 @@ def same_engine(old: LLMSettings, new: LLMSettings) -> bool:
 
 def _mean(old: float | None, new: float) -> float:
     return new if old is None else old + WEIGHT_OF_NEW * (new - old)
-
-
-def _ours(model: str, cards: tuple[ModelCard, ...]) -> ModelCard | None:
-    wanted = model.removesuffix(":latest")
-    for card in cards:
-        if card.name.removesuffix(":latest") == wanted:
-            return card
-    # A llama-server holds one model and calls it by its path.
-    return cards[0] if len(cards) == 1 else None

@@ -1,0 +1,356 @@
+"""An accelerator at work: asks its scheduler, and does what that decides through the engines."""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+
+import msgspec
+import structlog
+
+from ai_agent_server.config.settings import Accelerator, BalancerSettings, LLMSettings
+from ai_agent_server.core.chat import Urgency
+from ai_agent_server.errors import EngineError
+from ai_agent_server.llm_engines.base import LLMEngine, ModelCard
+from ai_agent_server.load_balancer.base import AcceleratorView, MemoryView, QueueDecision, QueuedView
+from ai_agent_server.load_balancer.memory_ledger import Footprint, MemoryLedger, estimate_mb
+from ai_agent_server.load_balancer.scheduler import (
+    Arrived,
+    Configured,
+    Effect,
+    Event,
+    Finished,
+    Left,
+    Load,
+    Loaded,
+    LoadFailed,
+    Measured,
+    Model,
+    Refuse,
+    Retired,
+    Rules,
+    Scheduler,
+    Seat,
+    Sized,
+    Start,
+    Tick,
+    Unload,
+    Unloaded,
+)
+
+LOAD_TIMEOUT_S = 600.0
+UNLOAD_TIMEOUT_S = 60.0
+LOOK_TIMEOUT_S = 5.0
+RECENT = 64
+MB = 2**20
+
+log = structlog.get_logger(__name__)
+
+
+class Engined(msgspec.Struct, frozen=True, kw_only=True):
+    """An LLM of this accelerator: its settings, its engine, and how the engine is kept open meanwhile."""
+
+    settings: LLMSettings
+    engine: LLMEngine
+    enter: Callable[[], None]
+    leave: Callable[[], None]
+
+
+class AcceleratorQueue:
+    """Everybody who wants the memory or the slots of one accelerator goes through here.
+
+    Belongs to one event loop. Decisions are the scheduler's; what takes time runs in tasks that
+    `aclose` ends. `clock` is monotonic, in seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        accelerator: Accelerator,
+        balancer: BalancerSettings,
+        *,
+        clock: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]],
+    ) -> None:
+        self.name = name
+        self._accelerator = accelerator
+        self._clock, self._sleep = clock, sleep
+        self._scheduler = Scheduler(
+            {},
+            MemoryLedger(memory_mb=accelerator.memory_mb, headroom_mb=accelerator.headroom_mb),
+            self._rules(balancer),
+        )
+        self._llms: dict[str, Engined] = {}
+        self._numbers = itertools.count(1)
+        self._waiting: dict[str, asyncio.Future[Start | Refuse]] = {}
+        self._changed_s: dict[str, float] = {}
+        """LLM -> when an order to its engine was given or carried out: looks begun before are stale."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._alarm: asyncio.Task[None] | None = None
+        self._recent: deque[tuple[float, Effect]] = deque(maxlen=RECENT)
+        self._closed = False
+
+    # What is asked of it
+
+    async def turn(self, llm: str, *, key: str, urgency: Urgency) -> Start | Refuse:
+        """Wait until a request for `llm` may be sent, or is refused. A `Start` is given back by `leave`."""
+        request = f"{self.name}.{next(self._numbers)}"
+        answer: asyncio.Future[Start | Refuse] = asyncio.get_running_loop().create_future()
+        if self._closed:
+            return Refuse(request=request, retry_after_s=None, why="the balancer is closed")
+        self._waiting[request] = answer
+        try:
+            self._tell(Arrived(request=request, llm=llm, key=key, urgency=urgency))
+            return await answer
+        except asyncio.CancelledError:
+            self._tell(Left(request=request))
+            raise
+        finally:
+            self._waiting.pop(request, None)
+
+    def leave(self, request: str, *, answered: bool) -> None:
+        """A request that was let in has ended."""
+        self._tell(Finished(request=request) if answered else Left(request=request))
+
+    def seat(self, llm: str) -> Seat | None:
+        """How `llm` stands; None where it is not of this accelerator."""
+        return self._scheduler.seat(llm)
+
+    def wait_s(self, llm: str) -> float:
+        """What a request for `llm` would wait, estimated."""
+        return self._scheduler.wait_s(llm)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return self._scheduler.queued
+
+    def view(self) -> AcceleratorView:
+        """The books, the queue and the last decisions."""
+        ledger, seats = self._scheduler.ledger, self._scheduler.seats()
+        return AcceleratorView(
+            name=self.name,
+            memory_mb=ledger.memory_mb,
+            headroom_mb=ledger.headroom_mb,
+            external_mb=ledger.external_mb,
+            budget_mb=ledger.budget_mb,
+            used_mb=ledger.used_mb,
+            llms=tuple(
+                MemoryView(
+                    llm=seat.llm,
+                    engine=ledger.footprints[seat.llm].engine,
+                    state=seat.state,
+                    draining=seat.draining,
+                    memory_mb=ledger.footprints[seat.llm].mb,
+                    basis=ledger.footprints[seat.llm].basis,
+                    held_mb=ledger.held[seat.llm].mb if seat.llm in ledger.held else 0.0,
+                    slots=seat.slots,
+                    running=seat.running,
+                    queued=seat.queued,
+                    load_s=seat.load_s,
+                )
+                for seat in seats
+            ),
+            queue=tuple(
+                QueuedView(
+                    request=each.request,
+                    llm=each.llm,
+                    urgency=each.urgency,
+                    place=each.place,
+                    waited_s=each.waited_s,
+                    wait_s=each.wait_s,
+                )
+                for each in self._scheduler.forecast()
+            ),
+            recent=tuple(_explained(effect, self._clock() - at_s) for at_s, effect in self._recent),
+        )
+
+    # What it is told
+
+    def configure(
+        self,
+        llms: Mapping[str, Engined],
+        balancer: BalancerSettings,
+        *,
+        replaced: frozenset[str] = frozenset(),
+    ) -> None:
+        """These are its LLMs from now on. Of those `replaced`, and left out, the engine is being closed."""
+        self._llms = dict(llms)
+        for name in replaced:
+            self._changed_s[name] = self._clock()
+        self._tell(
+            Configured(
+                models={name: Model(name=name, slots=each.settings.slots) for name, each in llms.items()},
+                footprints={
+                    name: Footprint(
+                        llm=name, engine=each.settings.engine, declared_mb=each.settings.memory_mb
+                    )
+                    for name, each in llms.items()
+                },
+                rules=self._rules(balancer),
+                replaced=replaced,
+            )
+        )
+
+    def retired(self, llm: str) -> None:
+        """The engine that `configure` sent away is closed."""
+        if not self._closed:
+            self._tell(Retired(llm=llm))
+
+    def seen(self, llm: str, card: ModelCard, began_s: float) -> None:
+        """The engine was looked at, from `began_s` on: what it says of `llm`.
+
+        It is believed where it says that a model is there or is not, and how much that takes; a look
+        from before an order was carried out says nothing.
+        """
+        seat = self._scheduler.seat(llm)
+        if seat is None or began_s <= self._changed_s.get(llm, -1.0):
+            return
+        settings = self._llms[llm].settings
+        if settings.memory_mb is None and card.size_bytes:
+            self._tell(
+                Sized(
+                    llm=llm,
+                    memory_mb=estimate_mb(
+                        card.size_bytes, context_tokens=settings.context, slots=settings.slots
+                    ),
+                )
+            )
+        if card.residency == "loaded" and seat.state == "cold":
+            self._tell(Loaded(llm=llm))
+        elif card.residency == "unloaded" and seat.state == "warm":
+            self._tell(Unloaded(llm=llm))
+        if card.residency == "loaded" and card.memory_bytes:
+            self._tell(Measured(llm=llm, memory_mb=card.memory_bytes / MB))
+
+    async def aclose(self) -> None:
+        """Refuse who waits, and end what is under way."""
+        self._closed = True
+        for request, answer in self._waiting.items():
+            if not answer.done():
+                answer.set_result(Refuse(request=request, retry_after_s=None, why="the balancer is closed"))
+        tasks = (*self._tasks, *((self._alarm,) if self._alarm is not None else ()))
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # Decisions, done
+
+    def _tell(self, event: Event) -> None:
+        for effect in self._scheduler.handle(event, self._clock()):
+            self._do(effect)
+        self._set_alarm()
+
+    def _do(self, effect: Effect) -> None:
+        self._recent.appendleft((self._clock(), effect))
+        match effect:
+            case Start() | Refuse():
+                answer = self._waiting.get(effect.request)
+                # Whoever left in this very moment says so itself.
+                if answer is not None and not answer.done():
+                    answer.set_result(effect)
+            case Load(llm=llm):
+                log.info("accelerator.load", accelerator=self.name, llm=llm, why=effect.why)
+                self._run(llm, self._load(llm, self._llms[llm]))
+            case Unload(llm=llm):
+                log.info("accelerator.unload", accelerator=self.name, llm=llm, why=effect.why)
+                self._run(llm, self._unload(llm, self._llms[llm]))
+
+    def _run(self, llm: str, work: Coroutine[None, None, None]) -> None:
+        self._changed_s[llm] = self._clock()
+        # Kept open from here: a reload closes the engine once what was ordered is done.
+        self._llms[llm].enter()
+        task = asyncio.create_task(work, name=f"residency of {llm}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, llm: str, engined: Engined) -> None:
+        try:
+            done = await self._ordered(llm, engined.engine.load(), LOAD_TIMEOUT_S)
+            self._tell(Loaded(llm=llm) if done else LoadFailed(llm=llm))
+            card = await self._look(engined) if done else None
+            if card is not None and card.residency == "loaded" and card.memory_bytes:
+                self._tell(Measured(llm=llm, memory_mb=card.memory_bytes / MB))
+        finally:
+            engined.leave()
+
+    async def _unload(self, llm: str, engined: Engined) -> None:
+        try:
+            await self._ordered(llm, engined.engine.unload(), UNLOAD_TIMEOUT_S)
+            # Not its word but what it has: one that cannot be told says nothing and keeps the model.
+            card = await self._look(engined)
+            there = card is not None and card.residency == "loaded"
+            self._tell(Loaded(llm=llm) if there else Unloaded(llm=llm))
+        finally:
+            engined.leave()
+
+    async def _ordered(self, llm: str, order: Coroutine[None, None, None], timeout_s: float) -> bool:
+        """Whether the engine carried it out."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await order
+        except (EngineError, TimeoutError) as exc:
+            log.warning("accelerator.order_failed", llm=llm, problem=type(exc).__name__)
+            return False
+        except Exception:
+            # A fault in one engine must not leave the memory of all in doubt.
+            log.exception("accelerator.order_failed", llm=llm)
+            return False
+        finally:
+            self._changed_s[llm] = self._clock()
+        return True
+
+    async def _look(self, engined: Engined) -> ModelCard | None:
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                return own_card(engined.settings.model, await engined.engine.models())
+        except (EngineError, TimeoutError):
+            return None
+        except Exception:
+            log.exception("accelerator.look_failed", model=engined.settings.model)
+            return None
+
+    def _set_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        wake_s = self._scheduler.wake_s
+        if wake_s != float("inf") and self._waiting and not self._closed:
+            self._alarm = asyncio.create_task(self._wake_at(wake_s), name=f"queue of {self.name}")
+
+    async def _wake_at(self, wake_s: float) -> None:
+        await self._sleep(max(0.0, wake_s - self._clock()))
+        self._alarm = None
+        self._tell(Tick())
+
+    def _rules(self, balancer: BalancerSettings) -> Rules:
+        return Rules(
+            # Whoever is refused after that long must have had its model's time come before.
+            max_wait_s=min(self._accelerator.max_wait_s, balancer.max_wait_s / 2),
+            hold_s=self._accelerator.hold_s,
+            patience_s=balancer.max_wait_s,
+            max_queued=self._accelerator.max_queued,
+        )
+
+
+def _explained(effect: Effect, ago_s: float) -> QueueDecision:
+    match effect:
+        case Load(llm=llm):
+            return QueueDecision(what="load", why=effect.why, ago_s=ago_s, llm=llm)
+        case Unload(llm=llm):
+            return QueueDecision(what="unload", why=effect.why, ago_s=ago_s, llm=llm)
+        case Start(request=request, llm=llm):
+            return QueueDecision(what="start", why=effect.why, ago_s=ago_s, llm=llm, request=request)
+        case Refuse(request=request):
+            return QueueDecision(what="refuse", why=effect.why, ago_s=ago_s, request=request)
+
+
+def own_card(model: str, cards: tuple[ModelCard, ...]) -> ModelCard | None:
+    """Which of an engine's cards is `model`'s."""
+    wanted = model.removesuffix(":latest")
+    for card in cards:
+        if card.name.removesuffix(":latest") == wanted:
+            return card
+    # A llama-server holds one model and calls it by its path.
+    return cards[0] if len(cards) == 1 else None

@@ -1,0 +1,421 @@
+"""LLMs that share an accelerator: turns, swaps, refusals, reloads; with the real embedded engine too."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+
+import msgspec
+import pytest
+
+from ai_agent_server.config.settings import Accelerator, BalancerSettings, LLMSettings
+from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, RouteHints, message
+from ai_agent_server.errors import EngineBusyError, EngineFailedError, NoLLMError
+from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts, LLMEngine, ModelCard, chat
+from ai_agent_server.llm_engines.local.llama_cpp_engine import LlamaCppEngine
+from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, Member
+from ai_agent_server.load_balancer.base import AcceleratorView, MemoryView
+from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirst
+
+DEADLINE_S = 30.0
+MB = 2**20
+
+
+class SlowEngine:
+    """One model that takes memory: says who was in it, answers when it is let, and minds what it is told."""
+
+    def __init__(self, card: "Card", name: str) -> None:
+        self.card, self.name = card, name
+        self.loaded = False
+        self.fails_to_load = self.stays = False
+        self.running = self.most_running = self.cut = self.closed = 0
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+        assert self.loaded, f"{self.name} is asked while it is out of memory"
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        self.card.said.append(f"{self.name}: {request.messages[-1].text}")
+        try:
+            await self.go.wait()
+            yield ChatDelta(text="yes", model=self.name)
+            yield ChatDelta(finish_reason="stop", usage=ChatUsage(input_tokens=1, output_tokens=1))
+        except (GeneratorExit, asyncio.CancelledError):
+            self.cut += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def models(self) -> tuple[ModelCard, ...]:
+        there = self.loaded
+        return (
+            ModelCard(
+                name=self.name,
+                residency="loaded" if there else "unloaded",
+                memory_bytes=self.card.takes_mb[self.name] * MB if there else None,
+            ),
+        )
+
+    async def load(self) -> None:
+        await asyncio.sleep(0)
+        if self.fails_to_load:
+            raise EngineFailedError("no such file", engine=self.name)
+        self.loaded = True
+        self.card.said.append(f"load {self.name}")
+        taken_mb = sum(self.card.takes_mb[each.name] for each in self.card.engines if each.loaded)
+        self.card.most_mb = max(self.card.most_mb, taken_mb)
+
+    async def unload(self) -> None:
+        await asyncio.sleep(0)
+        assert not self.running, f"{self.name} is unloaded while it answers"
+        if not self.stays:
+            self.loaded = False
+            self.card.said.append(f"unload {self.name}")
+
+    async def aclose(self) -> None:
+        self.closed += 1
+        self.loaded = False
+
+
+class Card:
+    """What several engines share, and what happened on it."""
+
+    def __init__(self, **takes_mb: int) -> None:
+        self.takes_mb = takes_mb
+        self.said: list[str] = []
+        self.most_mb = 0
+        self.engines: list[SlowEngine] = []
+
+    def engine(self, name: str) -> SlowEngine:
+        made = SlowEngine(self, name)
+        self.engines.append(made)
+        return made
+
+
+def llm(model: str, **fields: object) -> LLMSettings:
+    settings = LLMSettings(
+        engine="local.slow", model=model, source="local", accelerator="gpu0", memory_mb=900
+    )
+    return msgspec.structs.replace(settings, **fields)
+
+
+def balanced(
+    members: dict[str, tuple[LLMSettings, LLMEngine]],
+    *,
+    memory_mb: int = 1000,
+    max_wait_s: float = 30.0,
+    max_queued: int = 100,
+) -> BalancedEngine:
+    return BalancedEngine(
+        {name: Member(settings=settings, engine=engine) for name, (settings, engine) in members.items()},
+        strategy=ResidentFirst(),
+        settings=BalancerSettings(max_wait_s=max_wait_s),
+        clock=time.monotonic,
+        rng=random.Random(3),
+        accelerators={
+            "gpu0": Accelerator(memory_mb=memory_mb, headroom_mb=0, max_wait_s=10, max_queued=max_queued)
+        },
+    )
+
+
+@asynccontextmanager
+async def two_of_which_one_fits(
+    *, slots: int = 1, max_wait_s: float = 30.0, max_queued: int = 100
+) -> AsyncIterator[tuple[BalancedEngine, SlowEngine, SlowEngine]]:
+    card = Card(a=900, b=800)
+    a, b = card.engine("a"), card.engine("b")
+    engine = balanced(
+        {"a": (llm("a", slots=slots), a), "b": (llm("b", slots=slots), b)},
+        max_wait_s=max_wait_s,
+        max_queued=max_queued,
+    )
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            yield engine, a, b
+    finally:
+        for each in card.engines:
+            each.go.set()
+        await engine.aclose()
+    assert card.most_mb <= 1000
+
+
+def asking(name: str, text: str = "?", **route: object) -> ChatRequest:
+    hints = msgspec.convert({"llm": name, **route}, RouteHints)
+    return ChatRequest(messages=(message("user", text),), route=hints, max_tokens=8, temperature=0.0)
+
+
+def ask(engine: BalancedEngine, name: str, text: str = "?", **route: object) -> asyncio.Task[ChatReply]:
+    return asyncio.create_task(chat(engine, asking(name, text, **route)))
+
+
+def view(engine: BalancedEngine) -> AcceleratorView:
+    (found,) = engine.accelerators()
+    return found
+
+
+def books(engine: BalancedEngine, name: str) -> MemoryView:
+    return next(each for each in view(engine).llms if each.llm == name)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+async def test_a_model_is_loaded_for_who_asks_and_makes_room_for_the_next() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        reply = await ask(engine, "a")
+        assert (reply.llm, reply.text) == ("a", "yes")
+        await ask(engine, "b")
+        assert a.card.said == ["load a", "a: ?", "unload a", "load b", "b: ?"]
+
+
+async def test_requests_for_the_model_in_memory_go_before_a_swap_that_can_wait() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        a.go.clear()
+        asked = [ask(engine, name, str(number)) for number, name in enumerate("abababab")]
+        await until(lambda: view(engine).queue != () and a.running == 1)
+        await until(lambda: len(view(engine).queue) == 7)
+        a.go.set()
+        await asyncio.gather(*asked)
+        assert [said for said in a.card.said if "load" in said] == ["load a", "unload a", "load b"]
+
+
+async def test_the_slots_are_filled_and_no_more() -> None:
+    async with two_of_which_one_fits(slots=3) as (engine, a, _):
+        a.go.clear()
+        asked = [ask(engine, "a") for _ in range(8)]
+        await until(lambda: a.running == 3)
+        a.go.set()
+        await asyncio.gather(*asked)
+        assert a.most_running == 3
+
+
+async def test_the_books_tell_what_was_measured() -> None:
+    async with two_of_which_one_fits() as (engine, *_):
+        await ask(engine, "b")
+        await until(lambda: books(engine, "b").basis == "measured")
+        assert books(engine, "b").held_mb == 800
+        assert books(engine, "a").basis == "declared"
+        assert view(engine).used_mb == 800
+        assert [(each.what, each.why) for each in view(engine).recent] == [
+            ("start", "GQ-9 in memory, its turn"),
+            ("load", "GQ-6 there is room"),
+        ]
+
+
+async def test_who_waits_is_told_place_and_time() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        a.go.clear()
+        asked = [ask(engine, "a"), ask(engine, "a"), ask(engine, "b")]
+        await until(lambda: len(view(engine).queue) == 2)
+        assert [(each.llm, each.place) for each in view(engine).queue] == [("a", 1), ("b", 1)]
+        assert all(each.wait_s > 0 for each in view(engine).queue)
+        (seen,) = [each for each in engine.views() if each.name == "b"]
+        assert (seen.waiting, seen.resident) == (1, False)
+        assert seen.wait_s
+        a.go.set()
+        await asyncio.gather(*asked)
+
+
+async def test_who_leaves_the_queue_is_out_of_it_at_once() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        a.go.clear()
+        asked = [ask(engine, "a"), ask(engine, "b")]
+        await until(lambda: len(view(engine).queue) == 1)
+        asked[1].cancel()
+        await asyncio.wait((asked[1],))
+        assert view(engine).queue == ()
+        assert engine.waiting == 0
+        a.go.set()
+        await asked[0]
+        assert "load b" not in a.card.said
+
+
+async def test_who_leaves_in_the_middle_of_an_answer_gives_the_slot_to_the_next() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        async with aclosing(engine.stream(asking("a", "first"))) as deltas:
+            await anext(deltas)
+            second = ask(engine, "a", "second")
+            await until(lambda: len(view(engine).queue) == 1)
+        assert (await second).text == "yes"
+        assert a.cut == 1
+
+
+async def test_a_model_that_does_not_load_sends_its_requests_elsewhere() -> None:
+    card = Card(a=900, b=800)
+    a, b = card.engine("a"), card.engine("b")
+    a.fails_to_load = True
+    engine = balanced({"a": (llm("a"), a), "b": (llm("b"), b)})
+    try:
+        assert (await ask(engine, "a")).llm == "b"
+    finally:
+        await engine.aclose()
+
+
+async def test_who_is_locked_to_a_model_that_does_not_load_is_told_when_to_come_again() -> None:
+    card = Card(a=900)
+    a = card.engine("a")
+    a.fails_to_load = True
+    engine = balanced({"a": (llm("a", locked=True), a)})
+    try:
+        with pytest.raises(NoLLMError, match="GQ-2 did not load") as told:
+            await ask(engine, "a")
+        assert isinstance(told.value.__cause__, EngineBusyError)
+        assert told.value.__cause__.retry_after_s == 10
+    finally:
+        await engine.aclose()
+
+
+async def test_a_full_queue_says_when_to_come_again() -> None:
+    async with two_of_which_one_fits(max_queued=1) as (engine, a, _):
+        a.go.clear()
+        asked = [ask(engine, "a")]
+        await until(lambda: a.running == 1)
+        asked.append(ask(engine, "a"))
+        await until(lambda: len(view(engine).queue) == 1)
+        with pytest.raises(NoLLMError, match="GQ-3 full") as told:
+            await ask(engine, "a")
+        assert isinstance(told.value.__cause__, EngineBusyError)
+        assert 1 <= (told.value.__cause__.retry_after_s or 0) <= 120
+        a.go.set()
+        await asyncio.gather(*asked)
+
+
+async def test_a_wait_beyond_the_longest_ends_with_the_rule() -> None:
+    async with two_of_which_one_fits(max_wait_s=0.2) as (engine, a, _):
+        a.go.clear()
+        first = ask(engine, "a")
+        await until(lambda: a.running == 1)
+        with pytest.raises(NoLLMError, match="GQ-4 waited too long"):
+            await ask(engine, "b")
+        a.go.set()
+        await first
+
+
+async def test_after_its_time_the_other_model_comes_in_though_requests_keep_coming() -> None:
+    async with two_of_which_one_fits(max_wait_s=1.0) as (engine, a, _):
+        ended = asyncio.Event()
+
+        async def keep_asking() -> None:
+            while not ended.is_set():
+                await asyncio.gather(ask(engine, "a"), ask(engine, "a"))
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(2):
+                group.create_task(keep_asking())
+            await until(lambda: "load a" in a.card.said)
+            assert (await ask(engine, "b")).llm == "b"
+            ended.set()
+
+
+async def test_a_model_that_its_engine_dropped_is_loaded_again() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        await ask(engine, "a")
+        a.loaded = False
+        await engine.refresh_residency()
+        assert books(engine, "a").state == "cold"
+        await ask(engine, "a")
+        assert a.card.said == ["load a", "a: ?", "load a", "a: ?"]
+
+
+async def test_a_model_that_somebody_else_loaded_makes_room_like_any_other() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        a.loaded = True
+        await engine.refresh_residency()
+        assert books(engine, "a").state == "warm"
+        await ask(engine, "b")
+        assert a.card.said == ["unload a", "load b", "b: ?"]
+
+
+async def test_an_engine_that_keeps_its_model_is_believed_by_what_it_has_not_by_what_it_said() -> None:
+    async with two_of_which_one_fits(max_wait_s=0.4) as (engine, a, _):
+        await ask(engine, "a")
+        a.stays = True
+        with pytest.raises(NoLLMError, match="GQ-4"):
+            await ask(engine, "b", privacy="local", allowed=["b"])
+        assert books(engine, "a").state == "warm"
+        assert "load b" not in a.card.said
+
+
+async def test_a_reload_that_changes_an_engine_waits_for_the_old_one_s_memory() -> None:
+    async with two_of_which_one_fits() as (engine, a, b):
+        a.go.clear()
+        first = ask(engine, "a", "old")
+        await until(lambda: a.running == 1)
+        second = ask(engine, "a", "new")
+        await until(lambda: len(view(engine).queue) == 1)
+        new = a.card.engine("a")
+        engine.replace(
+            {
+                "a": Member(settings=llm("a", context=8192), engine=new),
+                "b": Member(settings=llm("b"), engine=b),
+            }
+        )
+        await asyncio.sleep(0.05)
+        assert not new.loaded
+        a.go.set()
+        assert (await first).text == (await second).text == "yes"
+        assert a.closed == 1
+        assert new.loaded
+
+
+async def test_an_llm_is_loaded_in_its_turn_when_that_is_asked_for() -> None:
+    async with two_of_which_one_fits() as (engine, a, b):
+        await ask(engine, "a")
+        await engine.load("b")
+        assert b.loaded
+        assert not a.loaded
+
+
+async def test_closing_ends_every_wait() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        a.go.clear()
+        asked = [ask(engine, "a"), ask(engine, "b")]
+        await until(lambda: len(view(engine).queue) == 1)
+        await engine.aclose()
+        with pytest.raises(NoLLMError, match="closed"):
+            await asked[1]
+        a.go.set()
+        await asyncio.wait(asked)
+
+
+async def test_two_real_models_take_turns_in_memory_that_holds_one() -> None:
+    def real(name: str, context: int) -> tuple[LLMSettings, LlamaCppEngine]:
+        spec = EngineSpec(
+            name=name,
+            model="SmolLM2-135M-Instruct",
+            context_tokens=context,
+            timeouts=EngineTimeouts(first_token_s=120, idle_s=120),
+        )
+        settings = llm(spec.model, engine="local.llama_cpp", context=context, memory_mb=None)
+        return settings, LlamaCppEngine(spec, LlamaCppEngine.Options(threads=1))
+
+    members = {"one": real("one", 512), "two": real("two", 1024)}
+    engine = balanced({**members}, memory_mb=700, max_wait_s=100)
+    try:
+        async with asyncio.timeout(3 * DEADLINE_S):
+            await engine.refresh_residency()
+            estimated_mb = books(engine, "one").memory_mb
+            asked = [ask(engine, name, "Say hello.") for name in ("one", "two", "one", "two")]
+            taken_mb = []
+            while not all(each.done() for each in asked):
+                await asyncio.wait(asked, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
+                await engine.refresh_residency()
+                cards = [(await each.models())[0] for _, each in members.values()]
+                taken_mb.append(sum((card.memory_bytes or 0) / MB for card in cards))
+            assert [(await each).llm for each in asked] == ["one", "two", "one", "two"]
+            assert sum(each.what == "load" for each in view(engine).recent) == 2
+            assert max(taken_mb) <= 700
+            # What the second stay is taken for is what the first was measured at.
+            assert estimated_mb is not None
+            measured = books(engine, "two")
+            assert measured.basis == "measured"
+            await ask(engine, "one", "Say hello.")
+            await ask(engine, "two", "Say hello.")
+            await engine.refresh_residency()
+            assert measured.memory_mb == pytest.approx(books(engine, "two").memory_mb, rel=0.1)
+    finally:
+        await engine.aclose()
