@@ -62,8 +62,10 @@ def packaged() -> Settings:
 
 
 def spec(profile: str, role: str, **changes: Any) -> RoleSpec:
-    """A role as the packaged configuration has it."""
-    settings = packaged().profiles[profile].roles[role]
+    """A role as the packaged configuration has it, or one of a user's own that only `changes` say."""
+    settings = packaged().profiles[profile].roles.get(role)
+    if settings is None:
+        return msgspec.structs.replace(RoleSpec(profile=profile, role=role), **changes)
     file = resources.files("ai_agent_server.config") / "prompts" / profile / f"{role}.md"
     found = RoleSpec(
         profile=profile,

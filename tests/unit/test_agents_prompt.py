@@ -88,8 +88,8 @@ def test_anything_else_is_refused_by_name(text: str, finish_reason: str, problem
 
 async def test_a_role_needs_only_a_prompt_file() -> None:
     chat = Chat("BONJOUR")
-    task = Task("productivity", "rewrite", {"text": "hello", "instructions": "shout in French"})
-    outcome = await task.run("rewrite", chat, prompt="$text -> $instructions ($payload)", result_schema=None)
+    task = Task("productivity", "title", {"text": "hello", "instructions": "shout in French"})
+    outcome = await task.run("title", chat, prompt="$text -> $instructions ($payload)", result_schema=None)
     assert outcome.output == {"text": "BONJOUR"}
     assert chat.prompt.startswith("hello -> shout in French (")
     assert '"text": "hello"' in chat.prompt
@@ -97,35 +97,35 @@ async def test_a_role_needs_only_a_prompt_file() -> None:
 
 async def test_a_role_without_a_prompt_file_is_given_its_payload() -> None:
     chat = Chat("4")
-    task = Task("productivity", "rewrite", {"task": "2 + 2?"})
-    await task.run("rewrite", chat, prompt="")
+    task = Task("productivity", "title", {"task": "2 + 2?"})
+    await task.run("title", chat, prompt="")
     assert chat.prompt == "2 + 2?"
 
 
 async def test_a_role_sees_what_ran_before_it() -> None:
-    task = Task("productivity", "rewrite", {"text": "hello", "instructions": "shout"})
-    await task.run("rewrite", Chat("HELLO"))
+    task = Task("productivity", "title", {"text": "hello", "instructions": "shout"})
+    await task.run("title", Chat("HELLO"))
     chat = Chat("HELLO!")
-    await task.run("rewrite", chat, prompt="Make it louder: $rewrite")
-    assert chat.prompt == "Make it louder: HELLO"
+    await task.run("title", chat, prompt="Make $work louder: $title")
+    assert chat.prompt == "Make HELLO louder: HELLO"
 
 
 async def test_a_role_with_a_schema_asks_for_it_and_holds_the_answer_to_it() -> None:
-    task = Task("productivity", "rewrite", {"text": "Ada is 36", "instructions": "count"})
+    task = Task("productivity", "title", {"text": "Ada is 36", "instructions": "count"})
     chat = Chat('{"age": 36}', '{"age": "?"}')
-    outcome = await task.run("rewrite", chat, result_schema=AGE)
+    outcome = await task.run("title", chat, result_schema=AGE)
     assert outcome.output == {"age": 36}
     assert chat.sent[0].response_schema == AGE
     with pytest.raises(InvalidOutputError):
-        await task.run("rewrite", chat, result_schema=AGE)
+        await task.run("title", chat, result_schema=AGE)
 
 
 async def test_a_repeat_says_what_was_wrong_and_has_another_seed() -> None:
-    task = Task("productivity", "rewrite", {"text": "Ada", "instructions": "count"})
+    task = Task("productivity", "title", {"text": "Ada", "instructions": "count"})
     first, second = Chat("none"), Chat('{"age": 36}')
     with pytest.raises(InvalidOutputError):
-        await task.run("rewrite", first, result_schema=AGE)
-    await task.run("rewrite", second, attempt=2, result_schema=AGE)
+        await task.run("title", first, result_schema=AGE)
+    await task.run("title", second, attempt=2, result_schema=AGE)
     assert "the answer holds no JSON object" not in first.prompt
     assert "the answer holds no JSON object" in second.prompt
     assert first.sent[0].seed != second.sent[0].seed
