@@ -12,7 +12,7 @@ from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.api_operations import Operation
 from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.ports import Orchestration
-from ai_agent_server.gateway import anthropic_api, embeddings_api, responses_api, tool_api
+from ai_agent_server.gateway import anthropic_api, embeddings_api, openai_api, responses_api, tool_api
 from ai_agent_server.gateway._errors import openai_form, refused
 from ai_agent_server.gateway._lane import Guard
 from ai_agent_server.gateway.anthropic_api import AnthropicApi, anthropic_form
@@ -43,6 +43,7 @@ class Surfaces(msgspec.Struct, frozen=True, kw_only=True):
 def operations() -> tuple[Operation, ...]:
     """What the surfaces add to the API's document."""
     return (
+        *openai_api.operations(),
         *responses_api.operations(),
         *anthropic_api.operations(),
         *embeddings_api.operations(),
