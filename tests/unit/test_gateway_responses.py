@@ -1,11 +1,14 @@
 """Responses requests and answers, with the types of OpenAI's own SDK as the judge of every shape."""
 
+import contextlib
 import itertools
 import json
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -85,6 +88,43 @@ def kinds(events: list[dict[str, Any]]) -> list[str]:
     return [event["type"].removeprefix("response.") for event in events]
 
 
+FIELDS = [
+    "model",
+    "input",
+    "instructions",
+    "stream",
+    "max_output_tokens",
+    "temperature",
+    "top_p",
+    "tools",
+    "tool_choice",
+    "text",
+    "reasoning",
+    "metadata",
+    "previous_response_id",
+    "conversation",
+    "prompt",
+    "background",
+    "parallel_tool_calls",
+]
+KINDS = [
+    "message",
+    "function_call",
+    "function_call_output",
+    "custom_tool_call",
+    "custom_tool_call_output",
+    "reasoning",
+    "function",
+    "custom",
+    "namespace",
+    "user",
+    "assistant",
+    "developer",
+    "input_text",
+    "input_image",
+    "json_schema",
+    "allowed_tools",
+]
 END = ChatDelta(finish_reason="stop", usage=ChatUsage(input_tokens=7, output_tokens=3))
 
 
@@ -417,3 +457,88 @@ def test_an_answer_that_breaks_off_fails_and_never_completes() -> None:
     assert last["type"] == "response.failed"
     assert last["response"]["status"] == "failed"
     assert last["response"]["error"] == {"code": "server_error", "message": "the answer was cut"}
+
+
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "type",
+                    "role",
+                    "content",
+                    "text",
+                    "call_id",
+                    "name",
+                    "arguments",
+                    "output",
+                    "input",
+                    "namespace",
+                    "tools",
+                    "parameters",
+                    "format",
+                    "schema",
+                    "image_url",
+                    "mode",
+                ]
+            ),
+            inner | st.sampled_from(KINDS),
+            max_size=6,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6), st.booleans())
+def test_any_body_is_a_request_or_refused(body: dict[str, Any], has_model: bool) -> None:
+    body = {"model": "m", "input": "x", **body} if has_model else body
+    try:
+        found = translate(decode(json.dumps(body).encode()))
+    except InvalidPacketError as exc:
+        assert str(exc)
+    else:
+        assert found.request.messages
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_request_or_refused(raw: bytes) -> None:
+    with contextlib.suppress(InvalidPacketError):
+        translate(decode(raw))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.builds(
+            ChatDelta,
+            text=st.text(max_size=4),
+            reasoning=st.text(max_size=4),
+            tool_calls=st.lists(
+                st.builds(
+                    ToolCallDelta,
+                    index=st.integers(0, 2),
+                    id=st.none() | st.text(max_size=3),
+                    name=st.none() | st.sampled_from(["weather", "apply_patch", "unknown"]),
+                    arguments=st.text(max_size=4),
+                ),
+                max_size=2,
+            ).map(tuple),
+        ),
+        max_size=8,
+    )
+)
+def test_whatever_an_engine_says_is_told_whole_and_in_order(deltas: list[ChatDelta]) -> None:
+    events = told(*deltas, END, tools=[WEATHER, PATCH])
+    output = events[-1]["response"]["output"]
+    said = "".join(item["content"][0]["text"] for item in output if item["type"] == "message")
+    thought = "".join(item["content"][0]["text"] for item in output if item["type"] == "reasoning")
+    assert said == "".join(delta.text for delta in deltas)
+    assert thought == "".join(delta.reasoning for delta in deltas)
+    for item, event in zip(output, [e for e in events if e["type"].endswith("item.added")], strict=True):
+        assert event["item"]["id"] == item["id"]
+        assert item["status"] == "completed"

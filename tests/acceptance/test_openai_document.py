@@ -1,0 +1,38 @@
+"""The document of `/v1/responses` and `/v1/embeddings` holds for a real server, whatever it is sent."""
+
+import asyncio
+import contextlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.servers.process import SCRIPT, ServerProcess, write_config
+
+LIMIT_S = 110
+
+
+async def test_whatever_schemathesis_sends_the_answer_is_documented(tmp_path: Path) -> None:
+    llms: dict[str, Any] = {"chat": SCRIPT, "vectors": {**SCRIPT, "capabilities": ["embeddings"]}}
+    config = write_config(tmp_path, llms=llms, messaging={"enabled": False})
+    async with ServerProcess(tmp_path / "state", config) as server:
+        document = f"{server.url}/api/v1/openapi.json"
+        schemathesis = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "schemathesis.cli", "--no-color", "run", document,
+            "--include-path-regex", "^/v1/(responses|embeddings)$",
+            # What a schema cannot say (which models there are) is refused, and should be.
+            "--checks", "all", "--exclude-checks", "positive_data_acceptance",
+            "--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1", "--generation-database", "none",
+            "--request-timeout", "30", "--warnings", "off",
+            cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                output, _ = await schemathesis.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                schemathesis.kill()
+    assert schemathesis.returncode == 0, output.decode()
+    tested = re.search(r"Tested: (\d+)", output.decode())
+    assert tested
+    assert int(tested[1]) == 2
