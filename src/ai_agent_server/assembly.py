@@ -4,14 +4,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from ai_agent_server import agents, llm_engines, tools
-from ai_agent_server.agents.base import RoleSpec
+from ai_agent_server.agents.base import Agent, RoleSpec
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import LLMSettings, Settings
-from ai_agent_server.core.chat import RouteHints
+from ai_agent_server.core.chat import JSONObject, RouteHints
 from ai_agent_server.core.orchestration_engine import Profile, Role
 from ai_agent_server.core.packet_json import json_pointer
 from ai_agent_server.discovery import implementation, kinds
@@ -21,6 +22,8 @@ from ai_agent_server.llm_engines.base import EmbeddingEngine, EngineSpec, LLMEng
 from ai_agent_server.load_balancer import strategies
 from ai_agent_server.load_balancer.balanced_engine import Member
 from ai_agent_server.load_balancer.base import BalancingStrategy
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 TOOLS_PROFILE = "productivity"
 """Its roles and the text tools share their prompts."""
@@ -48,11 +51,7 @@ def _maker(name: str, llm: LLMSettings, environ: Mapping[str, str]) -> Callable[
     """Makes the engine, and finds what is wrong with its description before. Raises `ConfigurationError`."""
     here = ("llms", name)
     engine_class = implementation(llm_engines, llm.engine, pointer=json_pointer((*here, "engine")))
-    try:
-        options = msgspec.convert(llm.options, engine_class.Options)
-    except msgspec.ValidationError as exc:
-        known = tuple(field.encode_name for field in msgspec.structs.fields(engine_class.Options))
-        raise ConfigurationError(str(exc), pointer=json_pointer((*here, "options")), choices=known) from exc
+    options = _options(llm.options, engine_class.Options, here)
     if "embeddings" in llm.capabilities and not issubclass(engine_class, EmbeddingEngine):
         raise ConfigurationError(
             f"the engine {llm.engine} gives no vectors", pointer=json_pointer((*here, "capabilities"))
@@ -71,6 +70,14 @@ def _maker(name: str, llm: LLMSettings, environ: Mapping[str, str]) -> Callable[
         return engine
 
     return make
+
+
+def _options(given: JSONObject, kind: type[T], here: tuple[str, ...]) -> T:
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as exc:
+        known = tuple(field.encode_name for field in msgspec.structs.fields(kind))
+        raise ConfigurationError(str(exc), pointer=json_pointer((*here, "options")), choices=known) from exc
 
 
 def strategy_for(settings: Settings) -> BalancingStrategy:
@@ -127,9 +134,7 @@ def _role(settings: Settings, profile_name: str, role_name: str, folder: Path | 
     )
     return Role(
         spec=spec,
-        agent=None
-        if kind == "external"
-        else implementation(agents, kind, pointer=json_pointer((*here, "agent")))(),
+        agent=None if kind == "external" else _agent(kind, role.options, here),
         hints=RouteHints(
             llm=role.llm,
             tier=role.tier,
@@ -140,6 +145,14 @@ def _role(settings: Settings, profile_name: str, role_name: str, folder: Path | 
         limits=role.limits.over(settings.limits) if role.limits else settings.limits,
         payload_schema=role.payload_schema or profile.payload_schema,
     )
+
+
+def _agent(kind: str, options: JSONObject, here: tuple[str, ...]) -> Agent:
+    agent_class = implementation(agents, kind, pointer=json_pointer((*here, "agent")))
+    if hasattr(agent_class, "Options"):
+        _options(options, agent_class.Options, here)  # the agent reads them at each step; a typo is found now
+    agent: Agent = agent_class()
+    return agent
 
 
 def _prompt(

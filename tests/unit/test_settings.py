@@ -218,6 +218,12 @@ UNBUILDABLE: tuple[tuple[str, Any, str, str], ...] = (
     ("/llms/one/options/repliez", [], "/llms/one/options", "replies"),
     ("/llms/one/options/delay_s", "soon", "/llms/one/options", "delay_s"),
     ("/balancer/strategy", "fastest", "/balancer/strategy", "lowest_latency"),
+    (
+        "/profiles/developer/roles/qa/options/limits",
+        {},
+        "/profiles/developer/roles/qa/options",
+        "sandbox_limits",
+    ),
     ("/profiles/developer/roles/qa/agent", "developer.qaa", "/profiles/developer/roles/qa/agent", "prompt"),
 )
 
