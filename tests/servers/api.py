@@ -21,7 +21,7 @@ from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
 from ai_agent_server.core.task_packet import TaskStatus
 from ai_agent_server.errors import ConfigurationError, UnknownLLMError
 from ai_agent_server.gateway.door import Door
-from ai_agent_server.load_balancer.base import LLMView, Requirements
+from ai_agent_server.load_balancer.base import AcceleratorView, LLMView, Requirements
 from ai_agent_server.tasks_state.base import StoreHealth
 from tests.servers.orchestration_double import OrchestrationDouble
 
@@ -36,6 +36,10 @@ class BalancerDouble:
     def views(self) -> tuple[LLMView, ...]:
         """See `Balancer.views`."""
         return tuple(self.llms.values())
+
+    def accelerators(self) -> tuple[AcceleratorView, ...]:
+        """See `Balancer.accelerators`."""
+        return ()
 
     def explain(self, wanted: Requirements) -> Decision:
         """See `Balancer.explain`."""

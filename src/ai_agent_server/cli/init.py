@@ -176,8 +176,10 @@ def _local(offer: _Offer, tier: str, on: bool, accelerators: dict[str, dict[str,
     }
     if offer.need_mb:
         llm["memory_mb"] = offer.need_mb
-    if accelerators:
-        llm["accelerator"] = next(iter(accelerators))
+    for name, card in accelerators.items():
+        # What does not fit the card runs partly beside it: the card's queue could never load it.
+        if offer.need_mb <= card["memory_mb"] - card["headroom_mb"]:
+            llm["accelerator"] = name
     return llm
 
 

@@ -28,6 +28,7 @@ from ai_agent_server.core.api_schemas import (
     MAX_WAIT_S,
     PROBLEM_JSON,
     REFUSALS,
+    AcceleratorList,
     BadParameterError,
     EventsQuery,
     ExplainDraft,
@@ -314,6 +315,7 @@ class ServerRoutes:
         return [
             get("/api/v1/profiles")(self.profiles),
             get("/api/v1/llms")(self.llms),
+            get("/api/v1/accelerators")(self.accelerators),
             patch("/api/v1/llms/{name:str}", opt={"scope": "admin"})(self.set_toggle),
             post("/api/v1/load-balancer/explain", opt={"counted": False})(self.explain),
             post("/api/v1/config/reload", opt={"scope": "admin"})(self.reload),
@@ -338,6 +340,11 @@ class ServerRoutes:
         """Every configured LLM."""
         _query(request, NoQuery)
         return _json(LLMList(items=self._cards()))
+
+    async def accelerators(self, request: AnyRequest) -> Response[bytes]:
+        """Every accelerator: its memory, its queue, its last decisions."""
+        _query(request, NoQuery)
+        return _json(AcceleratorList(items=self._balancer.accelerators()))
 
     async def set_toggle(self, request: AnyRequest, name: FromPath[str]) -> Response[bytes]:
         """Switch an LLM on or off."""

@@ -11,6 +11,7 @@ from ai_agent_server.core.api_schemas import (
     JSON,
     MAX_WAIT_S,
     REFUSALS,
+    AcceleratorList,
     BadParameterError,
     EventsQuery,
     ExplainDraft,
@@ -44,6 +45,7 @@ from ai_agent_server.core.task_packet import (
     summary,
 )
 from ai_agent_server.core.transitions import fold
+from ai_agent_server.load_balancer.base import AcceleratorView, MemoryView, QueueDecision, QueuedView
 from ai_agent_server.tasks_state.base import TaskPage
 
 EVENT_STREAM = "text/event-stream"
@@ -371,6 +373,23 @@ def operations() -> tuple[Operation, ...]:
             answers=(Answer(status=200, about="Every LLM.", kind=LLMList, example=LLMList(items=(llm,))),),
         ),
         Operation(
+            method="get",
+            path="/api/v1/accelerators",
+            id="listAccelerators",
+            tag="server",
+            summary="Memory that LLMs share, and who waits for it",
+            about="Of each accelerator: what its models take and on what that figure rests, who waits with "
+            "place and estimated wait, and the last decisions with the rule of each.",
+            answers=(
+                Answer(
+                    status=200,
+                    about="Every configured accelerator.",
+                    kind=AcceleratorList,
+                    example=AcceleratorList(items=(_example_accelerator(),)),
+                ),
+            ),
+        ),
+        Operation(
             method="patch",
             path="/api/v1/llms/{name}",
             id="toggleLLM",
@@ -661,6 +680,42 @@ def _example_llm() -> LLMCard:
         failures=0,
         cost_per_million_input_usd=0.0,
         cost_per_million_output_usd=0.0,
+    )
+
+
+def _example_accelerator() -> AcceleratorView:
+    return AcceleratorView(
+        name="gpu0",
+        memory_mb=16384,
+        headroom_mb=512,
+        external_mb=0,
+        budget_mb=15872,
+        used_mb=9120,
+        llms=(
+            MemoryView(
+                llm="coder",
+                engine="local.ollama",
+                state="warm",
+                draining=False,
+                memory_mb=9120,
+                basis="measured",
+                held_mb=9120,
+                slots=2,
+                running=1,
+                queued=0,
+                load_s=6.4,
+            ),
+        ),
+        queue=(
+            QueuedView(
+                request="gpu0.17", llm="planner", urgency="interactive", place=1, waited_s=2.5, wait_s=14.0
+            ),
+        ),
+        recent=(
+            QueueDecision(
+                what="start", why="GQ-9 in memory, its turn", ago_s=1.5, llm="coder", request="gpu0.16"
+            ),
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from ai_agent_server.config.settings import RoleSettings
 from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier
 from ai_agent_server.core.task_packet import TaskStatus
 from ai_agent_server.core.workflow import Edge
-from ai_agent_server.load_balancer.base import CircuitState, Requirements, Source
+from ai_agent_server.load_balancer.base import AcceleratorView, CircuitState, Requirements, Source
 from ai_agent_server.tasks_state.base import TaskFilter
 
 MAX_WAIT_S = 600.0
@@ -315,6 +315,12 @@ class LLMCard(msgspec.Struct, frozen=True, kw_only=True):
     failures: int
     cost_per_million_input_usd: float
     cost_per_million_output_usd: float
+
+
+class AcceleratorList(msgspec.Struct, frozen=True, kw_only=True):
+    """Every configured accelerator."""
+
+    items: tuple[AcceleratorView, ...]
 
 
 class LLMList(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     Via,
 )
-from ai_agent_server.load_balancer.base import LLMView, Requirements
+from ai_agent_server.load_balancer.base import AcceleratorView, LLMView, Requirements
 from ai_agent_server.tasks_state.base import TaskFilter, TaskPage
 
 
@@ -62,6 +62,10 @@ class Balancer(Protocol):
 
     def views(self) -> tuple[LLMView, ...]:
         """Every configured LLM as it stands now."""
+        ...
+
+    def accelerators(self) -> tuple[AcceleratorView, ...]:
+        """Every accelerator: its memory, its queue, its last decisions."""
         ...
 
     def explain(self, wanted: Requirements) -> Decision:
