@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.servers.process import SCRIPT, ServerProcess, write_config
 
-LIMIT_S = 110
+LIMIT_S = 280
 
 
+@pytest.mark.timeout(300)
 async def test_whatever_schemathesis_sends_the_answer_is_documented(tmp_path: Path) -> None:
     llms: dict[str, Any] = {"chat": SCRIPT, "vectors": {**SCRIPT, "capabilities": ["embeddings"]}}
     config = write_config(tmp_path, llms=llms, messaging={"enabled": False})
@@ -22,8 +25,8 @@ async def test_whatever_schemathesis_sends_the_answer_is_documented(tmp_path: Pa
             "--include-path-regex", "^/v1/(responses|embeddings)$",
             # What a schema cannot say (which models there are) is refused, and should be.
             "--checks", "all", "--exclude-checks", "positive_data_acceptance",
-            "--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1", "--generation-database", "none",
-            "--request-timeout", "30", "--warnings", "off",
+            "--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1",
+            "--generation-database", "none", "--request-timeout", "30", "--warnings", "off",
             cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         try:
