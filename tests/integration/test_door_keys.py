@@ -128,6 +128,64 @@ async def test_a_key_that_is_made_opens_and_one_that_is_revoked_does_not(tmp_pat
     assert secret not in running.log.read_text()
 
 
+async def keys(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """`ai-agent-server keys ARGUMENTS` for the server in `folder`: exit code, output, errors."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "ai_agent_server", "keys", *arguments,
+        "--state-dir", str(folder / "state"), "--config", str(folder / "configuration.json"),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(60):
+            out, errors = await child.communicate()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    assert child.returncode is not None
+    return child.returncode, out.decode(), errors.decode()
+
+
+async def test_a_key_of_the_command_line_opens_a_running_server_until_it_is_revoked(tmp_path: Path) -> None:
+    async with server(tmp_path) as running, running.http() as http:
+        code, out, told = await keys(
+            tmp_path, "new", "laptop", "--scope", "chat", "--limit", "per_s=3600,requests=1"
+        )
+        assert code == 0
+        assert "not shown again" in told
+        secret = out.strip()
+        await until(http, "/v1/models", "none", 401)
+        assert (await http.get("/v1/models", headers=shows(secret))).status_code == 200
+        chats = [await http.post("/v1/chat/completions", json=CHAT, headers=shows(secret)) for _ in range(2)]
+        task = await http.get("/api/v1/tasks", headers=shows(secret))
+        listed = await keys(tmp_path, "--json")
+        again = await keys(tmp_path, "new", "laptop")
+        assert (await keys(tmp_path, "revoke", "laptop"))[0] == 0
+        await until(http, "/v1/models", secret, 401)
+        gone = await keys(tmp_path, "revoke", "laptop")
+    assert [answer.status_code for answer in chats] == [200, 429]
+    assert task.status_code == 403
+    (item,) = json.loads(listed[1])["items"]
+    assert (item["name"], item["scopes"]) == ("laptop", ["chat"])
+    assert "sha256" not in item
+    assert (again[0], gone[0]) == (2, 2)
+    assert "there is a key 'laptop'" in again[2]
+    assert secret not in listed[1] + again[2] + running.log.read_text()
+
+
+async def test_a_key_that_cannot_be_meant_is_not_made(tmp_path: Path) -> None:
+    write_config(tmp_path, gateway={"keys": {"phone": {"api_key": {"env": "PHONE"}}}})
+    for arguments, said in (
+        (("Big",), "no name"), (("admin",), "taken by a key"), (("phone",), "taken by a key"),
+        (("a", "--llm", "nope"), "unknown LLM 'nope'"), (("a", "--limit", "per_s=3"), "bounds nothing"),
+        (("a", "--limit", "tokens=many"), "tokens"), (("a", "--scope", "root"), "root"),
+    ):  # fmt: skip
+        code, out, errors = await keys(tmp_path, "new", *arguments)
+        assert (code, out) == (2, "")
+        assert said in errors
+    assert not (tmp_path / "state").exists()
+
+
 async def test_no_secret_is_told_in_a_log_an_answer_or_a_file(tmp_path: Path) -> None:
     keys = {"laptop": {"api_key": {"env": "LAPTOP"}, "limits": [{"per_s": 60, "requests": 1}]}}
     seen = ""
