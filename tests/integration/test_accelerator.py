@@ -5,6 +5,8 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,6 +19,7 @@ from ai_agent_server.llm_engines.local.llama_cpp_engine import LlamaCppEngine
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, Member
 from ai_agent_server.load_balancer.base import AcceleratorView, MemoryView
 from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirst
+from tests.servers.process import ServerProcess, scripted, write_config
 
 DEADLINE_S = 30.0
 MB = 2**20
@@ -419,3 +422,45 @@ async def test_two_real_models_take_turns_in_memory_that_holds_one() -> None:
             assert measured.memory_mb == pytest.approx(books(engine, "two").memory_mb, rel=0.1)
     finally:
         await engine.aclose()
+
+
+async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Path) -> None:
+    def on_gpu(delay_s: float) -> dict[str, Any]:
+        return {**scripted("yes", delay_s=delay_s)["scripted"], "accelerator": "gpu0", "memory_mb": 6000}
+
+    config = write_config(
+        tmp_path,
+        accelerators={"gpu0": {"memory_mb": 8192, "headroom_mb": 192}},
+        llms={"a": on_gpu(2.0), "b": on_gpu(0.0)},
+    )
+    async with ServerProcess(tmp_path / "state", config) as server, server.http() as http:
+
+        async def say(model: str) -> str:
+            body = {"model": model, "messages": [{"role": "user", "content": "?"}]}
+            answer = await http.post("/v1/chat/completions", json=body)
+            said: str = answer.json()["choices"][0]["message"]["content"]
+            return said
+
+        async def shown() -> dict[str, Any]:
+            (item,) = (await http.get("/api/v1/accelerators")).json()["items"]
+            return dict(item)
+
+        gpu0 = await shown()
+        assert (gpu0["name"], gpu0["budget_mb"], gpu0["used_mb"], gpu0["queue"]) == ("gpu0", 8000, 0, [])
+        first = asyncio.create_task(say("a"))
+        async with asyncio.timeout(DEADLINE_S):
+            while (await shown())["llms"][0]["running"] == 0:
+                await asyncio.sleep(0.02)
+            second = asyncio.create_task(say("b"))
+            while not (gpu0 := await shown())["queue"]:
+                await asyncio.sleep(0.02)
+            assert (gpu0["queue"][0]["llm"], gpu0["queue"][0]["place"]) == ("b", 1)
+            assert (await first, await second) == ("yes", "yes")
+        gpu0 = await shown()
+        assert [(each["what"], each["llm"], each["why"]) for each in gpu0["recent"]] == [
+            ("start", "b", "GQ-9 in memory, its turn"),
+            ("load", "b", "GQ-7 in place of an idle model"),
+            ("unload", "a", "GQ-7 in place of an idle model"),
+            ("start", "a", "GQ-9 in memory, its turn"),
+            ("load", "a", "GQ-6 there is room"),
+        ]
