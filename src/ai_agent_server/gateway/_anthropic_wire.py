@@ -81,7 +81,7 @@ class MessagesBlock(msgspec.Struct, frozen=True, kw_only=True):
     tool_use_id: str | None = None
     tool_name: str | None = None
     is_error: bool | None = None
-    input: RawObject = msgspec.field(default_factory=lambda: _NO_OBJECT)
+    input: msgspec.Raw = msgspec.field(default_factory=lambda: _NO_OBJECT)
     content: msgspec.Raw = msgspec.field(default_factory=lambda: _NO_TEXT)
     source: msgspec.Raw = msgspec.field(default_factory=lambda: _NO_OBJECT)
     tool: msgspec.Raw = msgspec.field(default_factory=lambda: _NO_OBJECT)
@@ -100,7 +100,7 @@ class MessagesTool(msgspec.Struct, frozen=True, kw_only=True):
     type: str | None = None
     name: str = ""
     description: str | None = None
-    input_schema: RawObject = msgspec.field(default_factory=lambda: _NO_OBJECT)
+    input_schema: msgspec.Raw = msgspec.field(default_factory=lambda: _NO_OBJECT)
     defer_loading: bool | None = None
 
 
