@@ -437,7 +437,7 @@ async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Pat
 
         async def say(model: str) -> str:
             body = {"model": model, "messages": [{"role": "user", "content": "?"}]}
-            answer = await http.post("/v1/chat/completions", json=body)
+            answer = await http.post("/v1/chat/completions", json=body, headers={"X-Priority": "batch"})
             said: str = answer.json()["choices"][0]["message"]["content"]
             return said
 
@@ -454,7 +454,8 @@ async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Pat
             second = asyncio.create_task(say("b"))
             while not (gpu0 := await shown())["queue"]:
                 await asyncio.sleep(0.02)
-            assert (gpu0["queue"][0]["llm"], gpu0["queue"][0]["place"]) == ("b", 1)
+            (waiting,) = gpu0["queue"]
+            assert (waiting["llm"], waiting["place"], waiting["urgency"]) == ("b", 1, "batch")
             assert (await first, await second) == ("yes", "yes")
         gpu0 = await shown()
         assert [(each["what"], each["llm"], each["why"]) for each in gpu0["recent"]] == [

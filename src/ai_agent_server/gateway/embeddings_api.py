@@ -179,6 +179,8 @@ class Embeddings:
             prefer=caller.prefer,
             allowed=caller.allowed_llms,
             privacy=caller.privacy,
+            urgency=caller.priority,
+            key=caller.key,
         )
 
 

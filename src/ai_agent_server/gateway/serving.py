@@ -502,6 +502,8 @@ def _routed(
         prefer=caller.prefer,
         allowed=caller.allowed_llms,
         privacy="local" if "local" in (caller.privacy, request.route.privacy) else "any",
+        urgency=caller.priority,
+        key=caller.key,
     )
     return msgspec.structs.replace(request, max_tokens=choice.max_tokens, route=hints)
 

@@ -85,6 +85,8 @@ def embedding_requirements(request: EmbeddingRequest) -> Requirements:
         input_tokens=max(map(text_tokens, request.inputs), default=0),
         output_tokens=0,
         max_cost_usd=route.max_cost_usd,
+        urgency=route.urgency,
+        key=route.key,
     )
 
 
