@@ -11,7 +11,7 @@ from ai_agent_server.assembly import engine_for
 from ai_agent_server.config.settings import BalancerSettings, CircuitSettings, LLMSettings, RetrySettings
 from ai_agent_server.core.chat import Privacy, RouteHints
 from ai_agent_server.core.embedding import EmbeddingRequest
-from ai_agent_server.errors import NoLLMError
+from ai_agent_server.errors import ConfigurationError, NoLLMError
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, Member
 from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirst
 from tests.servers.openai_double import OpenAIDouble
@@ -102,3 +102,10 @@ async def test_many_that_ask_at_once_all_get_their_vectors_by_one_slot() -> None
     assert {reply.vectors for reply in replies} == {replies[0].vectors}
     assert engine.views()[0].in_flight == 0
     await engine.aclose()
+
+
+def test_an_engine_that_gives_no_vectors_cannot_be_configured_to() -> None:
+    claude = msgspec.convert(llm(source="api", engine="api.anthropic", model="claude"), LLMSettings)
+    with pytest.raises(ConfigurationError) as caught:
+        engine_for("claude", claude, {})
+    assert caught.value.pointer == "/llms/claude/capabilities"
