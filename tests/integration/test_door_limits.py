@@ -119,6 +119,7 @@ async def test_a_budget_in_total_is_an_error_that_no_sdk_repeats(tmp_path: Path)
     assert models.status_code == 200
 
 
+@pytest.mark.timeout(300)  # three servers, one after the other
 async def test_counters_survive_a_restart_and_a_kill(tmp_path: Path) -> None:
     limits = [{**HOUR, "requests": 3, "tokens": 10_000}]
     async with server(tmp_path, laptop=limits) as (_, http):
