@@ -269,6 +269,7 @@ async def test_the_models_that_there_are(client: openai.AsyncOpenAI, gateway: Ga
         "small",
         "main",
         "desk/clerk",
+        "desk/reader",
     ]
     assert all(model.object == "model" and model.created > 0 and model.owned_by for model in models)
 
@@ -578,6 +579,37 @@ async def test_a_payload_may_be_sent_whole(client: openai.AsyncOpenAI, gateway: 
     with pytest.raises(openai.BadRequestError) as caught:
         await client.chat.completions.create(model="desk/clerk", messages=wrong)
     assert caught.value.param == "payload.task"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_a_role_cancels_its_task(
+    gateway: Gateway, first: OpenAIDouble, stream: bool
+) -> None:
+    first.piece_s = 30.0
+    body = {"model": "desk/reader", "messages": HELLO, "stream": stream}
+    async with gateway.process.http() as http:
+        asking = asyncio.create_task(http.post("/v1/chat/completions", json=body))
+        await until_asked(first)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await first.until_hung_up()
+        newest = (await http.get("/api/v1/tasks", params={"role": "reader", "limit": 1})).json()["items"][0]
+        async with asyncio.timeout(10):
+            while newest["status"] != "canceled":
+                await asyncio.sleep(0.02)
+                newest = (await http.get(f"/api/v1/tasks/{newest['task_id']}")).json()
+    await until_idle(gateway)
+
+
+async def test_a_role_that_fails_says_so_and_is_not_repeated(
+    client: openai.AsyncOpenAI, gateway: Gateway, first: OpenAIDouble
+) -> None:
+    first.fault = "bad_request"
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        await client.chat.completions.create(model="desk/reader", messages=HELLO)
+    assert caught.value.code == "task_failed"
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    assert "/api/v1/tasks/" in caught.value.message
 
 
 async def test_the_metrics_count_requests_and_tokens_kept_local(

@@ -17,7 +17,7 @@ class Gateway:
     """A server with the LLMs `first` (small) and `second` (main), each a double that listens in a test.
 
     `first` can see. Who names one of them gets it or an error; who does not may get the other. The role
-    `desk/clerk` is a scripted LLM's.
+    `desk/clerk` is a scripted LLM's, `desk/reader` that of `first`.
     """
 
     def __init__(self, process: ServerProcess, ports: tuple[int, int]) -> None:
@@ -66,7 +66,7 @@ def configuration(ports: tuple[int, int], **gateway: Any) -> dict[str, Any]:
         "capabilities": ["chat"],
         # Nobody gets it who does not name it.
         "cost_per_million_input_usd": 999_999.0,
-        "options": {"replies": [{"when": "slowly", "say": ["late"]}, "the clerk's answer"]},
+        "options": {"replies": ["the clerk's answer"]},
     }
     return packaged(
         llms={
@@ -82,6 +82,7 @@ def configuration(ports: tuple[int, int], **gateway: Any) -> dict[str, Any]:
             "desk": {
                 "roles": {
                     "clerk": {"prompt": "clerk.md", "llm": "script", "description": "Answers."},
+                    "reader": {"prompt": "clerk.md", "llm": "first", "description": "Asks `first`."},
                 },
                 "payload_schema": {
                     "type": "object",
