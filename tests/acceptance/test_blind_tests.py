@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.servers.llama_server_double import LlamaServerDouble
-from tests.servers.process import ServerProcess, write_config
+from tests.servers.process import ServerProcess, packaged, write_config
 
 MARK = "zq_marker"
 ANSWER = f"""```python
@@ -19,6 +19,15 @@ def test_add():
 ```"""
 """Whoever is asked answers so: code that holds the example, and a test that it fails."""
 TASK = {"task": "Add two numbers.", "entry_point": "add", "examples": ["assert add(1, 2) == 3"]}
+WORKFLOW = {
+    "makers": ["fast-coder", "debug"],
+    "routes": {
+        "fast-coder.done": [{"to": "qa"}],
+        "debug.done": [{"to": "qa"}],
+        "qa.disputed": [{"to": "qa", "at_most": 2, "since": ["fast-coder", "debug"]}],
+        "qa.fail": [{"to": "debug", "at_most": 2, "feedback": True}],
+    },
+}
 FINAL = {"completed", "failed"}
 
 
@@ -31,7 +40,10 @@ async def test_what_qa_is_really_sent_never_holds_code(tmp_path: Path) -> None:
             "capabilities": ["chat", "json_schema"],
             "options": {"base_url": double.url},
         }
-        config = write_config(tmp_path, llms={"double": llm}, messaging={"enabled": False})
+        profiles = packaged()["profiles"]
+        profiles["developer"]["roles"]["qa"]["options"] = {"blind_tests": "always"}
+        profiles["developer"]["workflow"] = WORKFLOW
+        config = write_config(tmp_path, llms={"double": llm}, profiles=profiles, messaging={"enabled": False})
         async with ServerProcess(tmp_path / "state", config) as server, server.http() as http:
             answer = await http.post("/api/v1/developer/fast-coder", json={"payload": TASK})
             assert answer.status_code == 202, answer.text

@@ -14,7 +14,11 @@ from tests.servers.process import PROGRAM, ServerProcess, scripted, write_config
 
 REFUSED = (sys.executable, "-B", str(Path(__file__).parent / "namespaces_refused.py"))
 NOTHING = (*REFUSED, "--no-landlock")
-TASK = {"task": "Add two numbers.", "entry_point": "add", "examples": ["assert add(1, 2) == 3"]}
+TASK = {
+    "task": "Add two numbers.",
+    "entry_point": "add",
+    "examples": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 1) == 0"],
+}
 REPLIES = (
     {"when": "You are a python programmer", "say": ["```python\ndef add(a, b):\n    return a + b\n```"]},
     {"when": "You test python", "say": ["assert add(2, 2) == 4"]},
