@@ -37,6 +37,8 @@ def test_every_implementation_is_under_the_contract_of_independence() -> None:
         ),
         ("core/orchestration_engine", "nats", "the engine names no implementation"),
         ("core/mcp_handler", "ai_agent_server.core.orchestration_engine", "handlers reach agents"),
+        ("gateway/serving", "ai_agent_server.llm_engines.api.openai_engine", "handlers reach agents"),
+        ("gateway/tiers", "time", "do no I/O"),
         ("load_balancer/strategies/resident_first", "time", "do no I/O"),
         ("core/next_step", "asyncio", "do no I/O"),
     ],
