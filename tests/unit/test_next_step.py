@@ -6,7 +6,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from ai_agent_server.config import settings as configuration
 from ai_agent_server.core.next_step import (
     POISON_AFTER,
     AskOutside,
@@ -37,7 +36,24 @@ from ai_agent_server.core.transitions import fold
 from ai_agent_server.core.workflow import Edge, Workflow
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
-WORKFLOW = configuration.load(None).profiles["developer"].workflow
+TO_QA = (Edge(to="qa"),)
+TO_PLANNER = Edge(to="planner", at_most=3, feedback=True)
+TO_DEBUG = Edge(to="debug", at_most=2, since=("fast-coder", "deep-coder"), feedback=True)
+AGAIN = Edge(to="qa", at_most=2, since=("fast-coder", "deep-coder", "debug"))
+WORKFLOW = Workflow(
+    makers=("fast-coder", "deep-coder", "debug"),
+    routes={
+        "diagnosis.done": (Edge(to="planner", at_most=1),),
+        "architect.done": (Edge(to="planner", at_most=1),),
+        "planner.done": (Edge(to="fast-coder", at_most=1), Edge(to="deep-coder")),
+        "fast-coder.done": TO_QA,
+        "deep-coder.done": TO_QA,
+        "debug.done": TO_QA,
+        "qa.pass": (Edge(to="end"),),
+        "qa.disputed": (AGAIN, TO_DEBUG, TO_PLANNER),
+        "qa.fail": (TO_DEBUG, TO_PLANNER),
+    },
+)
 NOBODY: frozenset[str] = frozenset()
 
 
