@@ -31,7 +31,7 @@ class SlowEngine:
     def __init__(self, card: "Card", name: str) -> None:
         self.card, self.name = card, name
         self.loaded = False
-        self.fails_to_load = self.stays = False
+        self.fails_to_load = self.stays = self.says_nothing = False
         self.running = self.most_running = self.cut = self.closed = 0
         self.go = asyncio.Event()
         self.go.set()
@@ -53,6 +53,8 @@ class SlowEngine:
 
     async def models(self) -> tuple[ModelCard, ...]:
         there = self.loaded
+        if self.says_nothing:
+            return ()
         return (
             ModelCard(
                 name=self.name,
@@ -343,6 +345,15 @@ async def test_an_engine_that_keeps_its_model_is_believed_by_what_it_has_not_by_
         assert "load b" not in a.card.said
 
 
+async def test_an_engine_that_does_not_say_what_it_has_may_have_kept_its_model() -> None:
+    async with two_of_which_one_fits(max_wait_s=0.4) as (engine, a, _):
+        await ask(engine, "a")
+        a.stays = a.says_nothing = True
+        with pytest.raises(NoLLMError, match="GQ-4"):
+            await ask(engine, "b", allowed=["b"])
+        assert "load b" not in a.card.said
+
+
 async def test_a_reload_that_changes_an_engine_waits_for_the_old_one_s_memory() -> None:
     async with two_of_which_one_fits() as (engine, a, b):
         a.go.clear()
@@ -431,7 +442,7 @@ async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Pat
     config = write_config(
         tmp_path,
         accelerators={"gpu0": {"memory_mb": 8192, "headroom_mb": 192}},
-        llms={"a": on_gpu(2.0), "b": on_gpu(0.0)},
+        llms={"a": on_gpu(5.0), "b": on_gpu(0.0)},
     )
     async with ServerProcess(tmp_path / "state", config) as server, server.http() as http:
 
@@ -448,7 +459,7 @@ async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Pat
         gpu0 = await shown()
         assert (gpu0["name"], gpu0["budget_mb"], gpu0["used_mb"], gpu0["queue"]) == ("gpu0", 8000, 0, [])
         first = asyncio.create_task(say("a"))
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(3 * DEADLINE_S):
             while (await shown())["llms"][0]["running"] == 0:
                 await asyncio.sleep(0.02)
             second = asyncio.create_task(say("b"))

@@ -278,10 +278,10 @@ class AcceleratorQueue:
     async def _unload(self, llm: str, engined: Engined) -> None:
         try:
             await self._ordered(llm, engined.engine.unload(), UNLOAD_TIMEOUT_S)
-            # Not its word but what it has: one that cannot be told says nothing and keeps the model.
+            # Not its word but what it has. One that cannot be told keeps its model, and may not say so.
             card = await self._look(engined)
-            there = card is not None and card.residency == "loaded"
-            self._tell(Loaded(llm=llm) if there else Unloaded(llm=llm))
+            gone = card is not None and card.residency == "unloaded"
+            self._tell(Unloaded(llm=llm) if gone else Loaded(llm=llm))
         finally:
             engined.leave()
 

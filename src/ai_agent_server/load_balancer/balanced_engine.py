@@ -283,6 +283,10 @@ class BalancedEngine:
             lease.queue = lease.standing.accelerator
             if lease.queue is None:
                 return lease
+            if self._admission.standings.get(lease.standing.name) is not lease.standing:
+                # A reload came between: its engine is to be closed, which would wait for this very request.
+                self._admission.release(lease)
+                continue
             asked_s, wanted = self._clock(), journey.wanted
             try:
                 turn = await lease.queue.turn(lease.standing.name, key=wanted.key, urgency=wanted.urgency)
