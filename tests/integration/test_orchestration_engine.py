@@ -30,6 +30,7 @@ from ai_agent_server.core.task_packet import (
     TaskStatus,
     TestReport,
 )
+from ai_agent_server.core.workflow import Workflow
 from ai_agent_server.errors import (
     EngineProtocolError,
     EngineUnreachableError,
@@ -50,7 +51,7 @@ from ai_agent_server.sandbox.base import SandboxProbe
 from ai_agent_server.tasks_state.base import TaskFilter
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
 
-WORKFLOW = configuration.load(None).profiles["developer"].workflow
+WORKFLOW = msgspec.convert(configuration.packaged_debug_loop()["workflow"], Workflow)
 SCHEMA = configuration.load(None).profiles["developer"].payload_schema
 Script = Callable[[AgentContext], Awaitable[Outcome]]
 

@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 import uuid_utils
 
@@ -14,6 +15,7 @@ from ai_agent_server.core.chat import ChatDelta, ChatRequest, ChatUsage, message
 from ai_agent_server.core.exchange import SLACK_PIECES
 from ai_agent_server.core.orchestration_engine import OrchestrationEngine, Profile, Role
 from ai_agent_server.core.task_packet import Artifact, LimitsDraft, TaskDraft, TaskPacket, TaskStatus
+from ai_agent_server.core.workflow import Workflow
 from ai_agent_server.errors import InvalidOutputError, InvalidPacketError
 from ai_agent_server.llm_engines.base import ModelCard
 from ai_agent_server.sandbox._choose import NoSandbox
@@ -21,7 +23,10 @@ from ai_agent_server.tasks_state.memory_store import MemoryStore
 from tests.adversaries import KINDS, ROLES, Adversary, check, random_workflow
 
 TASKS_A_KIND = 20
-PACKAGED = configuration.load(None).profiles["developer"].workflow
+PACKAGED = (
+    configuration.load(None).profiles["developer"].workflow,
+    msgspec.convert(configuration.packaged_debug_loop()["workflow"], Workflow),
+)
 
 
 class Spiteful:
@@ -78,7 +83,7 @@ def profile(kind: str) -> Profile:
         name: Role(spec=RoleSpec(profile="developer", role=name), agent=Adverse(KINDS[kind]))
         for name in ROLES
     }
-    return Profile(roles=roles, workflow=rng.choice((PACKAGED, random_workflow(rng))))
+    return Profile(roles=roles, workflow=rng.choice((*PACKAGED, random_workflow(rng))))
 
 
 async def ended(engine: OrchestrationEngine, kind: str, seed: int) -> TaskPacket:

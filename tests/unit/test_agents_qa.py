@@ -267,10 +267,11 @@ async def test_enough_examples_are_enough() -> None:
     assert outcome.verdict == "pass"
 
 
-async def test_inputs_that_cannot_be_varied_are_left_at_the_examples() -> None:
-    payload = {**ADD, "examples": ["assert add(*(1, 2)) == 3"]}
-    outcome = await task_with(GOOD, payload).run("qa", Chat(), options=DRAWN)
-    assert outcome.verdict == "pass"
+async def test_one_example_whose_inputs_cannot_be_varied_is_not_enough_to_stand_by_code() -> None:
+    task = Task("developer", "fast-coder", {**ADD, "examples": ["assert add(*(1, 2)) == 3"]})
+    for code in SAME:
+        wrote(task, code)
+        assert (await task.run("qa", Chat(), options=DRAWN)).verdict == "unsure"
 
 
 async def test_without_examples_tests_are_written_all_the_same() -> None:

@@ -191,16 +191,16 @@ def _document(output: JSONObject) -> Artifact:
 
 
 def best(versions: tuple[Draft, ...]) -> Draft | None:
-    """The version to keep: passed, then most anchors, most tests, most others that agree, the shortest."""
+    """The version to keep: passed, then most anchors, most tests, most others that agree, the earliest.
 
-    def rank(draft: Draft) -> tuple[bool, int, int, int, int]:
+    What an LLM answers first is its likeliest; nothing without evidence takes its place.
+    """
+
+    def rank(draft: Draft) -> tuple[bool, int, int, int]:
         report = draft.report
-        # Of what is no code the first is kept: what it lost on the way to shorter is not known.
-        shortness = 0 if draft.output is not None else -len(draft.artifact.content)
         if report is None:
-            return (False, -1, -1, 0, shortness)
-        passed = report.verdict == "pass"
-        return (passed, report.anchors_passed, report.tests_passed, report.agreeing, shortness)
+            return (False, -1, -1, 0)
+        return (report.verdict == "pass", report.anchors_passed, report.tests_passed, report.agreeing)
 
     return max(versions, key=rank, default=None)
 

@@ -8,7 +8,7 @@ import msgspec
 from ai_agent_server.agents._prompt import request
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome
 from ai_agent_server.agents.developer import _history
-from ai_agent_server.agents.developer._probes import MIN_SHARED, agree, probes
+from ai_agent_server.agents.developer._probes import agree, probes
 from ai_agent_server.agents.developer._tests import claim, runnable
 from ai_agent_server.core.answer import read_object, read_text
 from ai_agent_server.core.chat import JSONObject
@@ -127,11 +127,8 @@ class QAAgent:
             raise SandboxError(report.detail or "the sandbox broke")
         if report.verdict == "pass" and 0 < len(anchors) < options.enough_examples and options.agree > 1:
             calls = probes(anchors, _history.entry_point(packet))
-            if len(calls) >= MIN_SHARED:
-                values = await run_probes(
-                    context.sandbox, code=code.content, expressions=calls, limits=limits
-                )
-                return agreed(suite, Seen(artifact_id=code.artifact_id, values=values), report, options.agree)
+            values = await run_probes(context.sandbox, code=code.content, expressions=calls, limits=limits)
+            return agreed(suite, Seen(artifact_id=code.artifact_id, values=values), report, options.agree)
         return judge(suite, anchors, report)
 
     async def _write(self, context: AgentContext, anchors: tuple[str, ...]) -> Suite:
