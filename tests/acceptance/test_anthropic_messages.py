@@ -477,8 +477,7 @@ async def test_what_is_no_json_too_large_or_not_there_is_told_in_anthropics_form
 
 async def test_a_key_is_asked_for_in_anthropics_form_and_taken_in_both_headers(tmp_path: Path) -> None:
     config = write_config(tmp_path, llms={"scripted": {**SCRIPT, "options": {"replies": ["Hi."]}}})
-    environ = {"AI_AGENT_SERVER_API_KEY": "sk-mine"}
-    async with ServerProcess(tmp_path / "state", config, **environ) as server:
+    async with ServerProcess(tmp_path / "state", config, AI_AGENT_SERVER_API_KEY="sk-mine") as server:
         for key in ("", "sk-other"):
             async with server.http() as http:
                 headers = {"x-api-key": key} if key else {}

@@ -75,9 +75,11 @@ async def test_a_packet_by_nats_waits_for_an_outside_qas_verdict(tmp_path: Path,
     )
     user, _, password = bus.credentials.partition(":")
     client = await nats.connect(bus.url, user=user, password=password)
-    login = {"BUS_LOGIN": bus.credentials}
     try:
-        async with ServerProcess(tmp_path / "state", config, **login) as server, server.http() as http:
+        async with (
+            ServerProcess(tmp_path / "state", config, BUS_LOGIN=bus.credentials) as server,
+            server.http() as http,
+        ):
             seen: list[dict[str, Any]] = []
             metrics = asyncio.Event()
             js = client.jetstream()

@@ -24,6 +24,7 @@ from ai_agent_server.core.task_packet import (
     Completed,
     FeedbackDraft,
     Hop,
+    Sender,
     Started,
     StepFinished,
     StepStarted,
@@ -61,13 +62,13 @@ class Engine(OrchestrationDouble):
         self.report_gate.set()
 
     async def submit(
-        self, draft: TaskDraft, *, via: Via, idempotency_key: str | None = None
+        self, draft: TaskDraft, *, via: Via, idempotency_key: str | None = None, sender: Sender | None = None
     ) -> tuple[TaskPacket, bool]:
         self.submitting += 1
         await self.gate.wait()
         if self.refusals:
             raise self.refusals.pop(0)
-        return await super().submit(draft, via=via, idempotency_key=idempotency_key)
+        return await super().submit(draft, via=via, idempotency_key=idempotency_key, sender=sender)
 
     async def feedback(
         self, task_id: str, draft: FeedbackDraft, *, via: Via, message_id: str = ""
