@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from ai_agent_server.load_balancer.scheduler import Urgency
+from ai_agent_server.core.chat import Urgency
 
 CARD_MB = 16384
 HEADROOM_MB = 512

@@ -14,6 +14,7 @@ from bench.gpu_queue.traces import Job, SimulatedModel, Trace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ai_agent_server.core.chat import Urgency
 from ai_agent_server.load_balancer import scheduler
 from ai_agent_server.load_balancer.memory_ledger import Footprint, MemoryLedger
 from ai_agent_server.load_balancer.scheduler import (
@@ -38,7 +39,6 @@ from ai_agent_server.load_balancer.scheduler import (
     Tick,
     Unload,
     Unloaded,
-    Urgency,
 )
 
 SLOW_MACHINE = [HealthCheck.too_slow]
