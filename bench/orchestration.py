@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import uuid_utils
 import uvloop
 
@@ -29,6 +30,7 @@ from ai_agent_server.config.settings import LLMSettings, Settings
 from ai_agent_server.core.chat import ChatRequest, message
 from ai_agent_server.core.orchestration_engine import OrchestrationEngine, Profile, Role
 from ai_agent_server.core.task_packet import Artifact, StepFinished, TaskDraft, TaskStatus
+from ai_agent_server.core.workflow import Workflow
 from ai_agent_server.errors import InvalidPacketError
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 from ai_agent_server.sandbox.unsafe import Unsafe
@@ -74,7 +76,6 @@ class Asking:
 @asynccontextmanager
 async def engine(folder: Path) -> AsyncIterator[OrchestrationEngine]:
     """The server's engine, balancer and file store, as `app` puts them together."""
-    packaged = configuration.load(None)
     scripted = LLMSettings(
         engine="local.scripted",
         model="scripted",
@@ -99,7 +100,7 @@ async def engine(folder: Path) -> AsyncIterator[OrchestrationEngine]:
                     role: Role(spec=RoleSpec(profile="developer", role=role), agent=Asking())
                     for role in (*ROLES, "deep-coder")
                 },
-                workflow=packaged.profiles["developer"].workflow,
+                workflow=msgspec.convert(configuration.packaged_debug_loop()["workflow"], Workflow),
             )
         },
         store=store,

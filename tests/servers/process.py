@@ -102,10 +102,16 @@ class ServerProcess:
 
 
 def packaged(**changes: Any) -> dict[str, Any]:
-    """The packaged configuration as a document, its top-level keys replaced by `changes`."""
-    from ai_agent_server.config.settings import packaged_configuration
+    """The packaged configuration as a document, its top-level keys replaced by `changes`.
+
+    With other LLMs the developer's loop is the one that `init` writes for them.
+    """
+    from ai_agent_server.cli.init import with_loop
+    from ai_agent_server.config.settings import packaged_configuration, packaged_debug_loop
 
     document: dict[str, Any] = json.loads(packaged_configuration())
+    if "llms" in changes:
+        document["profiles"] = with_loop(document["profiles"], packaged_debug_loop())
     return document | changes
 
 

@@ -99,7 +99,7 @@ def propose(found: Found, base: JSONObject, debug_loop: JSONObject, *, apis: boo
     _add_apis(found, llms, reasons, apis)
     document = {**base, "accelerators": accelerators, "llms": llms}
     if any(llm["toggle"] for name, llm in llms.items() if name not in base.get("llms", {})):
-        document["profiles"] = _with_loop(base.get("profiles", {}), debug_loop)
+        document["profiles"] = with_loop(base.get("profiles", {}), debug_loop)
         reasons.append(
             "the developer's loop debugs code that fails; the packaged one draws it anew, which is better "
             "for the embedded model alone"
@@ -107,7 +107,8 @@ def propose(found: Found, base: JSONObject, debug_loop: JSONObject, *, apis: boo
     return Proposal(document, tuple(reasons))
 
 
-def _with_loop(profiles: JSONObject, loop: JSONObject) -> JSONObject:
+def with_loop(profiles: JSONObject, loop: JSONObject) -> JSONObject:
+    """`profiles` whose developer works by `loop`, {"roles", "workflow"}."""
     developer = profiles["developer"]
     roles = {**developer["roles"], **loop["roles"]}
     return {**profiles, "developer": {**developer, "roles": roles, "workflow": loop["workflow"]}}
