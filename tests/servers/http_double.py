@@ -150,24 +150,30 @@ class HTTPDouble:
             request = await _read(first, reader)
             self.requests.append(request)
             out = Out(writer)
-            async with self._counted():
-                answering = asyncio.create_task(self.answer(request, out))
-                # The next request's first byte, or nothing: the client closed.
-                listening = asyncio.create_task(reader.read(1))
-                try:
+            answering = asyncio.create_task(self.answer(request, out))
+            # The next request's first byte, or nothing: the client closed.
+            listening = asyncio.create_task(reader.read(1))
+            try:
+                # A connection that is kept open between two answers counts for none.
+                async with self._counted():
                     await asyncio.wait((answering, listening), return_when=asyncio.FIRST_COMPLETED)
-                    # A write to a socket that closed tells of it as well as the read does.
-                    if not answering.done() or isinstance(answering.exception(), ConnectionError):
-                        self.hung_up += 1
-                        return
-                    await answering
-                    if out.ended:
-                        return
-                    first = await listening
-                finally:
-                    for task in (answering, listening):
-                        task.cancel()
-                    await asyncio.gather(answering, listening, return_exceptions=True)
+                # A write to a socket that closed tells of it as well as the read does.
+                if not answering.done() or isinstance(answering.exception(), ConnectionError):
+                    await self._hang_up()
+                    return
+                await answering
+                if out.ended:
+                    return
+                first = await listening
+            finally:
+                for task in (answering, listening):
+                    task.cancel()
+                await asyncio.gather(answering, listening, return_exceptions=True)
+
+    async def _hang_up(self) -> None:
+        async with self._changed:
+            self.hung_up += 1
+            self._changed.notify_all()
 
     @asynccontextmanager
     async def _counted(self) -> AsyncIterator[None]:
