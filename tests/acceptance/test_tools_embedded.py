@@ -8,8 +8,6 @@ from jsonschema import Draft202012Validator
 
 from tests.servers.process import ServerProcess
 
-pytest.importorskip("xllamacpp")
-
 NOTE = "Ada Lovelace, 36, wrote the first program in 1843. She lived in London and wrote to Charles Babbage."
 SCHEMA: dict[str, Any] = {
     "$defs": {"Year": {"type": "integer", "minimum": 1000, "maximum": 2100}},

@@ -397,7 +397,7 @@ async def test_many_may_ask_at_the_same_time(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("rig", "fault"), FAILING, indirect=["rig"])
 async def test_a_fault_becomes_the_error_that_it_means(rig: Rig, fault: str) -> None:
-    engine = rig.failing(fault, EngineTimeouts(first_token_s=0.5, idle_s=0.5))
+    engine = rig.failing(fault, EngineTimeouts(first_token_s=1.0, idle_s=0.5))
     text = "too long " * 3000 if fault == "overflow" else "Hello."
     schema = {"type": "strin"} if fault == "bad_request" else None
     with pytest.raises(EngineError) as caught:
@@ -526,7 +526,7 @@ async def test_shorter_vectors_come_as_asked_for_or_not_at_all(rig: Rig) -> None
 
 @pytest.mark.parametrize(("rig", "fault"), FAILING_EMBEDS, indirect=["rig"])
 async def test_a_fault_of_an_embedding_becomes_the_error_that_it_means(rig: Rig, fault: str) -> None:
-    engine = rig.failing(fault, EngineTimeouts(first_token_s=0.5, idle_s=0.5))
+    engine = rig.failing(fault, EngineTimeouts(first_token_s=1.0, idle_s=0.5))
     with pytest.raises(EngineError) as caught:
         await embed(engine, "one", "two")
     # What was cut before its end is no answer that began: it may be asked for again.

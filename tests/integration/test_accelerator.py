@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +374,21 @@ async def test_a_reload_that_changes_an_engine_waits_for_the_old_one_s_memory() 
         assert (await first).text == (await second).text == "yes"
         assert a.closed == 1
         assert new.loaded
+
+
+async def test_an_llm_that_is_switched_off_answers_none_of_those_who_wait_for_it() -> None:
+    async with two_of_which_one_fits() as (engine, a, b):
+        a.go.clear()
+        first = ask(engine, "a")
+        await until(lambda: a.running == 1)
+        second = ask(engine, "b")
+        await until(lambda: len(view(engine).queue) == 1)
+        await engine.set_toggle("b", False)
+        a.go.set()
+        assert (await first).text == "yes"
+        with suppress(NoLLMError):
+            await second
+        assert b.most_running == 0
 
 
 async def test_an_llm_is_loaded_in_its_turn_when_that_is_asked_for() -> None:

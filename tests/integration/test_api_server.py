@@ -35,7 +35,7 @@ async def test_profiles_tell_each_role_with_its_endpoint_and_schema(http: httpx.
     planner = next(role for role in developer["roles"] if role["name"] == "planner")
     assert planner["endpoint"] == "/api/v1/developer/planner"
     assert planner["payload_schema"]["required"] == ["task"]
-    assert developer["routes"]["qa.fail"][0]["to"] == "debug"
+    assert developer["routes"]["qa.fail"][0]["to"] == "fast-coder"
 
 
 async def test_an_llm_is_switched_off_and_on(http: httpx.AsyncClient) -> None:

@@ -188,10 +188,14 @@ async def test_a_project_is_bounded_for_all_its_keys_together(tmp_path: Path) ->
         refused = [
             await http.post("/v1/chat/completions", json=body, headers=shows(LAPTOP)),
             await say(http, PHONE, **{"X-Project": "shop"}),
+            # Another name, or a typo, leads not past the project of the folder.
+            await http.post(
+                "/v1/chat/completions", json=body, headers={**shows(PHONE), "X-Project": "no-such-project"}
+            ),
         ]
         outside = [await say(http), await say(http, **{"X-Project": "no-such-project"})]
     assert [by_name.status_code, by_path.status_code] == [200, 200]
-    assert [answer.status_code for answer in refused] == [429, 429]
+    assert [answer.status_code for answer in refused] == [429, 429, 429]
     assert "'shop'" in refused[0].json()["error"]["message"]
     assert [answer.status_code for answer in outside] == [200, 200]
 

@@ -285,6 +285,7 @@ def test_a_format_is_the_schema_that_the_answer_obeys(text: Any, schema: Any) ->
         ({"input": 5}, "/input"),
         ({"model": ""}, "/model"),
         ({"max_output_tokens": 0}, "/max_output_tokens"),
+        ({"max_output_tokens": 10**400}, "/max_output_tokens"),
         ({"temperature": "hot"}, "/temperature"),
         ({"input": [{"role": "king", "content": "Hi"}]}, "/input/0/role"),
         ({"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]},

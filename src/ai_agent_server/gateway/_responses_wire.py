@@ -143,7 +143,7 @@ class ResponsesDraft(msgspec.Struct, frozen=True, kw_only=True):
     """The conversation: a text, or messages, calls and their outputs in order."""
     instructions: str | None = None
     stream: bool | None = None
-    max_output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=2_147_483_647)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     tools: tuple[msgspec.Raw, ...] | None = None

@@ -27,7 +27,7 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     TaskStatus,
 )
-from ai_agent_server.errors import AgentError, InvalidPacketError, TaskStateError
+from ai_agent_server.errors import AgentError, InvalidPacketError, ShuttingDownError, TaskStateError
 
 __all__ = ("RoleTask", "answer", "payload", "progress", "stream")
 
@@ -53,7 +53,8 @@ async def stream(
 
     `saw` is given the packet at its start and its end. A task that asks something back answers with
     the question, and ends: the next message of the conversation begins another. Raises what
-    `Orchestration.submit` raises, and `AgentError` for a task that failed.
+    `Orchestration.submit` raises, `ShuttingDownError` when the server stops meanwhile, and `AgentError`
+    for a task that failed.
     """
     draft = TaskDraft(
         payload=payload(request.messages, task.schema),
@@ -83,8 +84,11 @@ async def stream(
                 if isinstance(followed, AsyncGenerator):
                     await followed.aclose()
             packet = await orchestration.read(packet.task_id)
+            if not packet.status.is_final and question is None and not orchestration.status().accepting:
+                # Followers are ended at once from here on; the task goes on after the restart.
+                raise ShuttingDownError
     finally:
-        if not packet.status.is_final:
+        if not packet.status.is_final and orchestration.status().accepting:
             # Ended meanwhile, perhaps: then there is nothing to cancel.
             with suppress(TaskStateError):
                 packet = await orchestration.cancel(packet.task_id)

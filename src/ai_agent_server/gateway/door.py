@@ -38,7 +38,7 @@ from ai_agent_server.gateway.limits import (
     bounds,
     standing_headers,
 )
-from ai_agent_server.gateway.projects import Projects
+from ai_agent_server.gateway.projects import UNKNOWN, Projects
 from ai_agent_server.loopback import is_loopback_url
 
 __all__ = ("CHOOSES_LLMS", "COUNTED", "SCOPE", "Access", "Door", "access_for")
@@ -150,6 +150,7 @@ class Door:
         self._settings = settings
         self._file = state_dir / FILE
         self._kept_stamp = _stamp(keys_path(settings, state_dir))
+        self._keys_problem = ""
         self._access = access_for(settings, environ, read_kept(keys_path(settings, state_dir)))
         self._asks_for_keys = bool(self._access.ring)
         self._limiter = Limiter()
@@ -206,7 +207,8 @@ class Door:
 
     def placed(self, caller: Caller, request: ChatRequest) -> Caller:
         """See `Accounts.placed`."""
-        if caller.project:
+        # A name that is none of ours must not lead past the project that the request belongs to.
+        if caller.project and caller.project != UNKNOWN:
             return caller
         name = self._access.projects.found(request)
         if not name:
@@ -390,14 +392,18 @@ class Door:
         stamp = await asyncio.to_thread(_stamp, path)
         if stamp == self._kept_stamp:
             return
-        self._kept_stamp = stamp
         try:
             access = await self.prepared(settings)
         except ConfigurationError as exc:
-            log.warning("keys.refused", path=str(path), problem=exc.problem)
+            # Looked at again in a second: it may have been the disk, and a revoked key must not stay.
+            if exc.problem != self._keys_problem:
+                log.warning("keys.refused", path=str(path), problem=exc.problem)
+            self._keys_problem = exc.problem
             return
+        self._keys_problem = ""
         if settings is self._settings:
             self.go_by(settings, access)
+            self._kept_stamp = stamp
             log.info("keys.read", keys=len(access.ring))
         if not access.ring and self._asks_for_keys:
             log.warning("keys.none_left", advice="nobody is let in until there is a key again")

@@ -125,8 +125,8 @@ class Serving:
             *(ListedModel(id=role, kind="role", owned_by="orchestration") for role in roles),
         )
 
-    def route(self, model: str) -> Route:
-        """What the name `model` means. Raises `UnknownLLMError` with the names there are."""
+    def route(self, model: str, caller: Caller | None = None) -> Route:
+        """What the name `model` means. Raises `UnknownLLMError` with the names that `caller` may see."""
         settings = self._settings()
         found = _route(model, settings)
         if found is None:
@@ -135,7 +135,7 @@ class Serving:
                     found = _route(stands_for, settings)
                     break
         if found is None:
-            raise UnknownLLMError(model[:100], tuple(listed.id for listed in self.models()))
+            raise UnknownLLMError(model[:100], tuple(listed.id for listed in self.models(caller)))
         return found
 
     async def open(
@@ -219,7 +219,7 @@ class Serving:
         idempotency_key: str | None,
     ) -> "Exchange":
         now_s = self._clock()
-        route = self.route(model)
+        route = self.route(model, caller)
         if route.kind == "role" and not _may_run_roles(caller):
             raise ScopeError(f"this key may not run tasks, and {route.model!r} is a role")
         if route.kind == "llm" and caller.allowed_llms and route.model not in caller.allowed_llms:

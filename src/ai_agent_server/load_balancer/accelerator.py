@@ -238,6 +238,8 @@ class AcceleratorQueue:
     # Decisions, done
 
     def _tell(self, event: Event) -> None:
+        if self._closed:
+            return  # answers that were still running end now; nothing is loaded for those who waited
         for effect in self._scheduler.handle(event, self._clock()):
             self._do(effect)
         self._set_alarm()

@@ -300,6 +300,11 @@ class BalancedEngine:
                 journey.waited_s += waited_s
             if isinstance(turn, Start):
                 lease.turn, lease.cold = turn.request, False
+                now = self._admission.standings.get(lease.standing.name)
+                if now is lease.standing and not now.toggle:
+                    # Switched off while the request waited: its decision holds no more.
+                    self._admission.release(lease)
+                    continue
                 return lease
             self._admission.release(lease)
             _note_refusal(journey, lease.standing.name, turn)

@@ -82,8 +82,10 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
         """What `llm` takes, or would."""
         if llm in self.held:
             return self.held[llm].mb
-        known_mb = self.footprints[llm].mb
-        return max(self.budget_mb, 1.0) if known_mb is None else known_mb
+        footprint, whole_mb = self.footprints[llm], max(self.budget_mb, 1.0)
+        if footprint.mb is None:
+            return whole_mb
+        return min(footprint.mb, whole_mb) if footprint.basis == "estimated" else footprint.mb
 
     def fits(self, llm: str, *, freed: Iterable[str] = ()) -> bool:
         """Whether `llm` can be loaded now, or once `freed` are gone."""
@@ -91,9 +93,11 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
         return self.need_mb(llm) <= self.free_mb + given_back_mb
 
     def can_fit(self, llm: str) -> bool:
-        """Whether `llm` fits an accelerator that nobody else uses."""
-        known_mb = self.footprints[llm].mb
-        return known_mb is None or known_mb <= self.memory_mb - self.headroom_mb
+        """Whether `llm` fits an accelerator that nobody else uses. An estimate rules nothing out."""
+        footprint = self.footprints[llm]
+        if footprint.mb is None or footprint.basis == "estimated":
+            return True
+        return footprint.mb <= self.memory_mb - self.headroom_mb
 
     def hold(self, llm: str) -> "MemoryLedger":
         """`llm` is being loaded, or was found loaded."""

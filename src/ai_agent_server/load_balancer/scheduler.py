@@ -647,6 +647,9 @@ class Scheduler:
         for seat in staying:
             if over_mb <= 0:
                 break
+            if self._now_s < seat.left_alone_until_s:
+                self._wake(seat.left_alone_until_s)
+                continue
             yielding.add(seat.name)
             over_mb -= self.ledger.held[seat.name].mb
         self._yielding = yielding
@@ -663,6 +666,10 @@ class Scheduler:
         if self.ledger.fits(claim.seat.name):
             self._claim = None
             self._load(claim.seat, claim.why)
+            return
+        if any(v.state == "warm" and self._now_s < v.left_alone_until_s for v in claim.victims):
+            # It would not go: meanwhile it may as well serve.
+            self._claim = None
             return
         for victim in claim.victims:
             self._unload_idle(victim, claim.why)

@@ -366,7 +366,8 @@ class TaskFolder:
         return there != content
 
     def _end_segment(self, path: Path, *, is_broken: bool) -> None:
-        if is_broken:
+        # It may be out of the way since a try that failed after that.
+        if is_broken and path.exists():
             self._move_aside(path, "a part that is broken, with whole ones behind it")
         else:
             path.unlink(missing_ok=True)

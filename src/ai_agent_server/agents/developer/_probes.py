@@ -8,6 +8,7 @@ pass it and do the same on other inputs seldom are. The idea is AlphaCode's (Li 
 import ast
 from collections.abc import Iterator
 from itertools import zip_longest
+from math import isfinite
 
 MAX_PROBES = 24
 MATRIX_DEPTH = 1
@@ -82,7 +83,7 @@ def _near(value: object, depth: int = 0) -> Iterator[object]:
             yield from (value + 1, value - 1 if value else 3, value * 2 + 1, value + 7, value * 3, value + 2)
             yield from (value * 10 + 4, 0 if value else 1)
         case float():
-            yield from (value + 1, value / 2, value * 2)
+            yield from (near for near in (value + 1, value / 2, value * 2) if isfinite(near))
         case str():
             yield from (value[::-1], value[1:], value + value, value.swapcase(), f"{value}a", value[:-1])
         case list() | tuple():
