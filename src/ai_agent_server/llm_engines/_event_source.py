@@ -7,11 +7,13 @@ a sixth of their CPU time for a request.
 import asyncio
 import ssl
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 
 import aiohttp
+import msgspec
 from yarl import URL
 
+from ai_agent_server.core.chat import ChatDelta, JSONObject
 from ai_agent_server.errors import (
     EngineError,
     EngineProtocolError,
@@ -43,12 +45,17 @@ class EventSource:
         timeouts: EngineTimeouts,
         secret: str | None = None,
         trust_env: bool = False,
+        keep_alive: bool = True,
     ) -> None:
-        """`trust_env`: a proxy that the environment names may be used."""
+        """`trust_env`: a proxy that the environment names may be used.
+
+        Without `keep_alive` each POST has a connection of its own, for a server that closes kept ones
+        as it likes: a request that meets such a moment is lost.
+        """
         self._url = URL(url)
         self._headers = {"Content-Type": "application/json", **headers}
         self._engine, self._timeouts, self._secret = engine, timeouts, secret
-        self._trust_env = trust_env
+        self._trust_env, self._keep_alive = trust_env, keep_alive
         # Made here, since reading certificates blocks.
         self._tls = ssl.create_default_context() if self._url.scheme == "https" else None
         self._session: aiohttp.ClientSession | None = None
@@ -90,6 +97,18 @@ class EventSource:
             # Back to the pool where the body was read to its end; closed otherwise.
             response.close() if not response.content.at_eof() else response.release()
 
+    async def deltas(self, body: JSONObject, pace: Pace) -> AsyncGenerator[ChatDelta, None]:
+        """The answer that OpenAI's form of chat completions gives to `body`, piece by piece."""
+        answer = wire.Answer(engine=self._engine, secret=self._secret)
+        async with aclosing(self.events(msgspec.json.encode(body), pace)) as events:
+            async for event in events:
+                delta = answer.take(wire.decode_chunk(event, engine=self._engine))
+                if answer.progressed:
+                    pace.progress()
+                if delta is not None:
+                    yield delta
+        yield answer.end()
+
     async def aclose(self) -> None:
         """Close every socket. May be called twice."""
         self._is_closed = True
@@ -101,7 +120,9 @@ class EventSource:
             raise EngineUnreachableError("the engine was closed", engine=self._engine)
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
+                if self._keep_alive
+                else aiohttp.TCPConnector(limit=0, force_close=True),
                 # Silence is timed by Pace; only the connect is left to the transport.
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timeouts.connect_s),
                 cookie_jar=aiohttp.DummyCookieJar(),

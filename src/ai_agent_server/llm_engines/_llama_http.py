@@ -1,6 +1,6 @@
 """llama.cpp's HTTP server as its clients see it: streamed chat completions, and what it says of itself."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TypeVar
 
@@ -19,12 +19,10 @@ from ai_agent_server.errors import (
 from ai_agent_server.llm_engines import _openai_wire as wire
 from ai_agent_server.llm_engines import _tools_by_schema as tools_by_schema
 from ai_agent_server.llm_engines import _vectors
+from ai_agent_server.llm_engines._event_source import EventSource
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import refusal, retry_after_s
 from ai_agent_server.llm_engines.base import EngineTimeouts
-
-DONE = b"[DONE]"
-ERROR_BYTES = 64 * 1024
 
 T = TypeVar("T")
 
@@ -45,9 +43,19 @@ class LlamaHTTP:
     ) -> None:
         self._engine, self._timeouts, self._secret = engine, timeouts, api_key
         self._template_has_tools: bool | None = None
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._chats = EventSource(
+            f"{base_url}/v1/chat/completions",
+            headers=headers,
+            engine=engine,
+            timeouts=timeouts,
+            secret=api_key,
+            # llama.cpp's server closes a kept connection after five seconds or a hundred requests.
+            keep_alive=False,
+        )
         self._client = httpx.AsyncClient(
             base_url=base_url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers=headers,
             # Silence is timed by Pace; only the connect is left to the transport.
             timeout=httpx.Timeout(None, connect=timeouts.connect_s),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
@@ -79,31 +87,9 @@ class LlamaHTTP:
             self._template_has_tools = (await self.get("/props", _Props)).chat_template_caps.supports_tools
         return self._template_has_tools
 
-    async def _stream(
-        self, request: ChatRequest, model: str, extra: JSONObject
-    ) -> AsyncGenerator[ChatDelta, None]:
+    def _stream(self, request: ChatRequest, model: str, extra: JSONObject) -> AsyncGenerator[ChatDelta, None]:
         body = {**wire.payload(request, model, max_tokens_field="max_tokens"), **extra}
-        pace = Pace(self._timeouts, self._engine)
-        answer = wire.Answer(engine=self._engine, secret=self._secret)
-        events = wire.Events(engine=self._engine)
-        post = self._client.build_request("POST", "/v1/chat/completions", json=body)
-        with self._translated(connecting=True):
-            async with pace.waiting():
-                response = await self._client.send(post, stream=True)
-        try:
-            with self._translated():
-                await self._accept(response, pace)
-                async for event in self._events(response.aiter_bytes(), events, pace):
-                    if event == DONE:
-                        break
-                    delta = answer.take(wire.decode_chunk(event, engine=self._engine))
-                    if answer.progressed:
-                        pace.progress()
-                    if delta is not None:
-                        yield delta
-            yield answer.end()
-        finally:
-            await response.aclose()
+        return self._chats.deltas(body, Pace(self._timeouts, self._engine))
 
     async def embed(self, request: EmbeddingRequest, model: str) -> EmbeddingReply:
         """The vectors of the inputs. llama.cpp cannot shorten them."""
@@ -137,30 +123,8 @@ class LlamaHTTP:
 
     async def aclose(self) -> None:
         """Close every socket."""
+        await self._chats.aclose()
         await self._client.aclose()
-
-    async def _events(
-        self, pieces: AsyncIterator[bytes], events: wire.Events, pace: Pace
-    ) -> AsyncIterator[bytes]:
-        while True:
-            async with pace.waiting():
-                piece = await anext(pieces, None)
-            if piece is None:
-                return
-            for event in events.feed(piece):
-                yield event
-
-    async def _accept(self, response: httpx.Response, pace: Pace) -> None:
-        if response.status_code == httpx.codes.OK:
-            return
-        said, pieces = b"", response.aiter_bytes()
-        while len(said) < ERROR_BYTES:
-            async with pace.waiting():
-                piece = await anext(pieces, None)
-            if piece is None:
-                break
-            said += piece
-        raise self._refused(response, said)
 
     def _refused(self, response: httpx.Response, body: bytes) -> EngineError:
         said = wire.decode_error(body)

@@ -5,7 +5,7 @@ client asks for vectors and for the list of models.
 """
 
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from typing import Literal
 
 import httpx2
@@ -88,19 +88,9 @@ class OpenAIEngine:
         self._client.organization, self._client.project = options.organization, options.project
         self._client.admin_api_key = None
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+    def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`."""
-        name = self._spec.name
-        pace = Pace(self._spec.timeouts, name)
-        answer = wire.Answer(engine=name, secret=self._spec.api_key)
-        async with aclosing(self._chats.events(msgspec.json.encode(self._body(request)), pace)) as events:
-            async for event in events:
-                delta = answer.take(wire.decode_chunk(event, engine=name))
-                if answer.progressed:
-                    pace.progress()
-                if delta is not None:
-                    yield delta
-        yield answer.end()
+        return self._chats.deltas(self._body(request), Pace(self._spec.timeouts, self._spec.name))
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
         """The vectors of the inputs."""
