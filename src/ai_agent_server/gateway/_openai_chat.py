@@ -1,6 +1,5 @@
 """OpenAI's chat completions on the wire: requests as our values, our answers as clients read them. Pure."""
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -23,8 +22,9 @@ from ai_agent_server.core.chat import (
 )
 from ai_agent_server.core.packet_json import MAX_DEPTH, decode
 from ai_agent_server.errors import InvalidPacketError
+from ai_agent_server.gateway._images import image_part
 
-__all__ = ("Asked", "Chunks", "ask", "completion", "image_part")
+__all__ = ("Asked", "Chunks", "ask", "completion")
 
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 1_000
@@ -32,7 +32,6 @@ MAX_STOPS = 16
 MAX_IMAGES = 64
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-_DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]{1,60});base64,([A-Za-z0-9+/=\s]+)", re.IGNORECASE)
 
 
 class ChatImageURL(msgspec.Struct, frozen=True):
@@ -278,18 +277,6 @@ def _part(part: ChatPart, here: str) -> Part:
                 pointer=f"{here}/type",
                 choices=("text", "image_url", "refusal"),
             )
-
-
-def image_part(url: str, pointer: str) -> ImagePart:
-    """The image in a data URL. Raises `InvalidPacketError`: nothing is fetched for a client."""
-    match = _DATA_URL.fullmatch(url)
-    if match is None:
-        raise InvalidPacketError(
-            "an image is sent along, as a data URL: this server fetches none from elsewhere",
-            pointer=pointer,
-            expected="data:image/png;base64,...",
-        )
-    return ImagePart(media_type=match[1].lower(), content="".join(match[2].split()))
 
 
 def _calls(message: ChatMessage, here: str) -> Iterator[ToolCall]:

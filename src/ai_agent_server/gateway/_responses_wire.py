@@ -5,7 +5,6 @@ more with every version. What was asked for and cannot be had is refused, not fo
 """
 
 import hashlib
-import re
 from collections.abc import Iterable
 from itertools import takewhile
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -15,7 +14,6 @@ import msgspec
 from ai_agent_server.core.chat import (
     ChatRequest,
     ChatRole,
-    ImagePart,
     JSONObject,
     Message,
     Part,
@@ -25,6 +23,7 @@ from ai_agent_server.core.chat import (
 )
 from ai_agent_server.core.packet_json import MAX_DEPTH, explained, is_deeper
 from ai_agent_server.errors import InvalidPacketError, MalformedPacketError
+from ai_agent_server.gateway._images import image_part
 
 MAX_ITEMS = 4096
 MAX_TOOLS = 512
@@ -33,7 +32,6 @@ NAME_CHARS = 64
 
 T = TypeVar("T")
 
-_DATA_URL = re.compile(r"data:(image/[a-z0-9.+-]+);base64,([A-Za-z0-9+/=\s]*)", re.IGNORECASE)
 _ASIDE = "<system-reminder>\n{text}\n</system-reminder>"
 _ROLES: dict[str, ChatRole] = {
     "user": "user",
@@ -320,7 +318,7 @@ def _parts(content: Content, at: str) -> tuple[Part, ...]:
 
 def _part(part: _Part, at: str) -> Part:
     if part.type == "input_image":
-        return _image(part.image_url or "", f"{at}/image_url")
+        return image_part(part.image_url or "", f"{at}/image_url")
     text = part.refusal if part.type == "refusal" else part.text
     if text is None:
         raise InvalidPacketError(
@@ -329,17 +327,6 @@ def _part(part: _Part, at: str) -> Part:
             choices=("input_text", "input_image", "output_text"),
         )
     return TextPart(text=text)
-
-
-def _image(url: str, at: str) -> ImagePart:
-    found = _DATA_URL.fullmatch(url)
-    if found is None:
-        raise InvalidPacketError(
-            "the server fetches no images",
-            pointer=at,
-            expected="a data URL: data:image/png;base64,...",
-        )
-    return ImagePart(media_type=found[1].lower(), content=found[2])
 
 
 def _text_message(role: ChatRole, text: str) -> Message:

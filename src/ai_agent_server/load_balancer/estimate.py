@@ -1,10 +1,11 @@
 """Rough figures that a decision needs before anything was sent: tokens, seconds, dollars. Pure."""
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import msgspec
 
-from ai_agent_server.core.chat import Capability, ChatRequest, ImagePart, TextPart
+from ai_agent_server.core.chat import Capability, ChatRequest, ImagePart, RouteHints, TextPart
 from ai_agent_server.core.embedding import EmbeddingRequest
 from ai_agent_server.load_balancer.base import LLMView, Requirements
 
@@ -56,7 +57,19 @@ def requirements(request: ChatRequest) -> Requirements:
         needs.add("json_schema")
     if any(isinstance(part, ImagePart) for message in request.messages for part in message.parts):
         needs.add("vision")
-    route = request.route
+    output_tokens = request.max_tokens if request.max_tokens is not None else OUTPUT_TOKENS
+    return _wanted(request.route, needs, input_tokens(request), output_tokens)
+
+
+def embedding_requirements(request: EmbeddingRequest) -> Requirements:
+    """What `request` asks of an LLM: each input has to fit its context alone, and nothing is written."""
+    longest = max(map(text_tokens, request.inputs), default=0)
+    return _wanted(request.route, {"embeddings"}, longest, 0)
+
+
+def _wanted(
+    route: RouteHints, needs: Iterable[Capability], input_tokens: int, output_tokens: int
+) -> Requirements:
     return Requirements(
         llm=route.llm,
         tier=route.tier,
@@ -64,26 +77,8 @@ def requirements(request: ChatRequest) -> Requirements:
         allowed=route.allowed,
         privacy=route.privacy,
         needs=frozenset(needs),
-        input_tokens=input_tokens(request),
-        output_tokens=request.max_tokens if request.max_tokens is not None else OUTPUT_TOKENS,
-        max_cost_usd=route.max_cost_usd,
-        urgency=route.urgency,
-        key=route.key,
-    )
-
-
-def embedding_requirements(request: EmbeddingRequest) -> Requirements:
-    """What `request` asks of an LLM: each input has to fit its context alone, and nothing is written."""
-    route = request.route
-    return Requirements(
-        llm=route.llm,
-        tier=route.tier,
-        prefer=route.prefer,
-        allowed=route.allowed,
-        privacy=route.privacy,
-        needs=frozenset({"embeddings"}),
-        input_tokens=max(map(text_tokens, request.inputs), default=0),
-        output_tokens=0,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
         max_cost_usd=route.max_cost_usd,
         urgency=route.urgency,
         key=route.key,
