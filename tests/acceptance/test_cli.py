@@ -172,7 +172,7 @@ async def test_an_llm_is_switched_off_and_the_choice_says_so(at: dict[str, str],
         (("run", "x", "-s", "typo=1"), "typo"),
         (("tasks", "--status", "done"), "completed"),
         (("serve", "--port", "70000"), "70000"),
-        (("serve", "--config", "none.json"), "none.json: cannot be read"),
+        (("serve", "--config", "none.json", "--port", "0"), "none.json: cannot be read"),
         (("serve", "--host", "0.0.0.0", "--port", "0"), "AI_AGENT_SERVER_API_KEY"),
     ],
 )
