@@ -155,7 +155,7 @@ class HTTPDouble:
             listening = asyncio.create_task(reader.read(1))
             try:
                 # A connection that is kept open between two answers counts for none.
-                async with self._counted():
+                async with self._counted(request):
                     await asyncio.wait((answering, listening), return_when=asyncio.FIRST_COMPLETED)
                 # A write to a socket that closed tells of it as well as the read does.
                 if not answering.done() or isinstance(answering.exception(), ConnectionError):
@@ -176,12 +176,14 @@ class HTTPDouble:
             self._changed.notify_all()
 
     @asynccontextmanager
-    async def _counted(self) -> AsyncIterator[None]:
-        await self._count(1)
+    async def _counted(self, request: Request) -> AsyncIterator[None]:
+        # A probe that happens to come is nobody's answer.
+        answers = int(request.method == "POST")
+        await self._count(answers)
         try:
             yield
         finally:
-            await self._count(-1)
+            await self._count(-answers)
 
     async def _count(self, change: int) -> None:
         async with self._changed:
