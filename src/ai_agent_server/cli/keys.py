@@ -11,8 +11,7 @@ from cyclopts import App, Parameter
 from rich.table import Table
 
 from ai_agent_server.cli import Exit
-from ai_agent_server.cli.options import AsJSON, console, print_json
-from ai_agent_server.cli.serve import default_state_dir
+from ai_agent_server.cli.options import AsJSON, StateDir, console, print_json, state_folder
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import ADMIN_KEY, Allowance, KeyRights, KeyScope, Settings
 from ai_agent_server.core.chat import Privacy
@@ -34,10 +33,6 @@ keys = App(name="keys", help="List the keys that clients show; make one, revoke 
 Config = Annotated[
     Path | None,
     Parameter(env_var="AI_AGENT_SERVER_CONFIG", help="The server's configuration.json."),
-]
-StateDir = Annotated[
-    Path | None,
-    Parameter(env_var="AI_AGENT_SERVER_STATE_DIR", help="The server's state folder."),
 ]
 
 _LIMIT_FORM = ",".join(f"{name}=NUMBER" for name in Allowance.__struct_fields__)
@@ -138,8 +133,7 @@ def revoke(name: str, /, *, config: Config = None, state_dir: StateDir = None) -
 
 def _path(config: Path | None, state_dir: Path | None) -> tuple[Path, Settings]:
     settings = configuration.load(config.absolute() if config else None)
-    folder = (state_dir or default_state_dir(configuration.environment())).absolute()
-    return keys_path(settings, folder), settings
+    return keys_path(settings, state_folder(state_dir)), settings
 
 
 def _check_name(name: str, settings: Settings) -> None:

@@ -10,11 +10,21 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from ai_agent_server.cli.caller import Caller
-from ai_agent_server.cli.serve import DEFAULT_HOST, DEFAULT_PORT
+from ai_agent_server.cli.serve import DEFAULT_HOST, DEFAULT_PORT, default_state_dir
 from ai_agent_server.client import Client
 from ai_agent_server.config.settings import API_KEY, environment
 
-__all__ = ("AsJSON", "ServerURL", "address", "caller", "connect", "console", "print_json")
+__all__ = (
+    "AsJSON",
+    "ServerURL",
+    "StateDir",
+    "address",
+    "caller",
+    "connect",
+    "console",
+    "print_json",
+    "state_folder",
+)
 
 PIPE_WIDTH = 240
 """A table in a pipe is cut by nobody."""
@@ -29,6 +39,16 @@ ServerURL = Annotated[
     ),
 ]
 AsJSON = Annotated[bool, Parameter(name="--json", negative=(), help="Print JSON for a program.")]
+
+StateDir = Annotated[
+    Path | None,
+    Parameter(env_var="AI_AGENT_SERVER_STATE_DIR", help="The server's state folder."),
+]
+
+
+def state_folder(given: Path | None) -> Path:
+    """The state folder that is meant."""
+    return (given or default_state_dir(environment())).absolute()
 
 
 def connect(server: str | None) -> Client:

@@ -58,6 +58,11 @@ Words = Annotated[
 ]
 
 tasks = App(name="tasks", help="List tasks; show, cancel, delete one, or send feedback.")
+tasks.command(
+    "ai_agent_server.cli.folder:verify",
+    name="verify",
+    help="Check every task's file against its schema and its own history, server running or not.",
+)
 
 
 @Parameter(name="*")

@@ -38,10 +38,9 @@ from ai_agent_server.core.task_packet import (
     TaskDraft,
     TaskPacket,
     TaskStatus,
-    Usage,
     is_task_id,
 )
-from ai_agent_server.core.transitions import fold
+from ai_agent_server.core.transitions import fold, unfolded
 from ai_agent_server.durable import write_whole
 from ai_agent_server.errors import (
     AgentServerError,
@@ -610,19 +609,7 @@ def statuses(packet: TaskPacket, *, since: int) -> Iterator[tuple[AnyTaskEvent, 
     if since == packet.revision - 1:
         yield packet.history[-1], packet.status
         return
-    past = msgspec.structs.replace(
-        packet,
-        status=TaskStatus.SUBMITTED,
-        reason=None,
-        history=(),
-        result=None,
-        error=None,
-        usage=Usage(),
-        generation=0,
-        started_at=None,
-        updated_at=None,
-        revision=0,
-    )
+    past = unfolded(packet)
     for event in packet.history:
         past = fold(past, [event])
         if event.seq > since:

@@ -26,6 +26,23 @@ from ai_agent_server.core.task_packet import (
 )
 from ai_agent_server.errors import InvalidTransitionError
 
+DERIVED = (
+    "status",
+    "reason",
+    "history",
+    "result",
+    "error",
+    "usage",
+    "generation",
+    "started_at",
+    "updated_at",
+    "revision",
+)
+"""The packet's fields that `fold` makes."""
+_BEGINNING = {
+    field.name: field.default for field in msgspec.structs.fields(TaskPacket) if field.name in DERIVED
+}
+
 
 def fold(packet: TaskPacket, events: Sequence[TaskEvent]) -> TaskPacket:
     """The packet after `events`, each given the next `seq`.
@@ -36,6 +53,11 @@ def fold(packet: TaskPacket, events: Sequence[TaskEvent]) -> TaskPacket:
     for event in events:
         packet = _apply(packet, event)
     return packet
+
+
+def unfolded(packet: TaskPacket) -> TaskPacket:
+    """The packet as it was before anything happened to it."""
+    return msgspec.structs.replace(packet, **_BEGINNING)
 
 
 def _apply(packet: TaskPacket, event: TaskEvent) -> TaskPacket:

@@ -1,8 +1,8 @@
 """The state folder: its lock, its layout, what is in it at the start, and each task's file. Blocking."""
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,7 +37,7 @@ _ROOM_BYTES = 64 * 1024 * 1024
 _ROOM_FILES = 10_000
 """With less than this left on the disk no file is late: what was taken could lack the space for it."""
 _T = TypeVar("_T")
-_SHARDS = tuple(f"{number:02x}" for number in range(256))
+SHARDS = tuple(f"{number:02x}" for number in range(256))
 
 log = structlog.get_logger(__name__)
 
@@ -86,7 +86,7 @@ class TaskFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._tasks = root / "tasks_state"
-        self._corrupt = root / "corrupt"
+        self.corrupt = root / "corrupt"
         self._blobs = Blobs(root / "blobs")
         self._lock = FolderLock(root)
         self._journal = Journal(root / "journal", self.path, self.catch_up)
@@ -115,17 +115,17 @@ class TaskFolder:
                 folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(self.root)
             for path in list(self._tasks.iterdir()):
-                if path.name not in _SHARDS or not path.is_dir():
-                    self._move_aside(path, "not a folder of task files")
+                if path.name not in SHARDS or not path.is_dir():
+                    self.move_aside(path, "not a folder of task files")
             # All of them now: one made later would have to be safe before the first file in it.
-            for name in _SHARDS:
+            for name in SHARDS:
                 (self._tasks / name).mkdir(mode=0o700, exist_ok=True)
             sync_folder(self._tasks)
             found = Found(summaries=[], live=[], problem=self._replay())
-            for name in _SHARDS:
+            for name in SHARDS:
                 self._scan(self._tasks / name, found)
             self._take_late(found)
-            found.corrupt = len(list(self._corrupt.iterdir())) if self._corrupt.is_dir() else 0
+            found.corrupt = len(list(self.corrupt.iterdir())) if self.corrupt.is_dir() else 0
             if not found.corrupt:  # a blob may belong to a task that somebody is yet to repair
                 self._blobs.sweep()
         return found
@@ -138,6 +138,15 @@ class TaskFolder:
     def close(self) -> None:
         """Let go of the lock."""
         self._lock.release()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep servers away meanwhile. Raises `StoreUnusableError` when one has the folder."""
+        self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def path(self, task_id: str) -> Path:
         """Where a task's file is. `task_id` is canonical."""
@@ -297,10 +306,10 @@ class TaskFolder:
         except (IsADirectoryError, NotADirectoryError, FileNotFoundError):
             for folder in (path, path.with_name(path.name + _LATE)):
                 if folder.is_dir():
-                    self._move_aside(folder, "not a file")
+                    self.move_aside(folder, "not a file")
             if not path.parent.is_dir():
                 if path.parent.exists():
-                    self._move_aside(path.parent, "not a folder of task files")
+                    self.move_aside(path.parent, "not a folder of task files")
                 path.parent.mkdir(mode=0o700)
                 sync_folder(self._tasks)
             place(path, content, sync=False, suffix=_LATE)
@@ -357,7 +366,7 @@ class TaskFolder:
         except FileNotFoundError:
             there = b""
         except IsADirectoryError:
-            self._move_aside(path, "not a file")
+            self.move_aside(path, "not a file")
             there = b""
         if content and there and not whatever:
             with suppress(CorruptTaskError):
@@ -368,7 +377,7 @@ class TaskFolder:
     def _end_segment(self, path: Path, *, is_broken: bool) -> None:
         # It may be out of the way since a try that failed after that.
         if is_broken and path.exists():
-            self._move_aside(path, "a part that is broken, with whole ones behind it")
+            self.move_aside(path, "a part that is broken, with whole ones behind it")
         else:
             path.unlink(missing_ok=True)
 
@@ -382,7 +391,7 @@ class TaskFolder:
             try:
                 self._take(path, found)
             except CorruptTaskError as exc:
-                self._move_aside(path, str(exc))
+                self.move_aside(path, str(exc))
 
     def _take_late(self, found: Found) -> None:
         for task_id, content in self._late.items():
@@ -408,11 +417,13 @@ class TaskFolder:
         self._blobs.adopt(head.blobs)
         found.summaries.append(head.summary())
 
-    def _move_aside(self, path: Path, why: str) -> None:
-        self._corrupt.mkdir(mode=0o700, exist_ok=True)
-        target, number = self._corrupt / path.name, 0
+    def move_aside(self, path: Path, why: str) -> Path:
+        """Move what is no task file to `corrupt/`, and answer where it is now. Raises `OSError`."""
+        self.corrupt.mkdir(mode=0o700, exist_ok=True)
+        target, number = self.corrupt / path.name, 0
         while target.exists():
             number += 1
-            target = self._corrupt / f"{path.name}.{number}"
+            target = self.corrupt / f"{path.name}.{number}"
         path.rename(target)
         log.error("store.file_moved_aside", file=str(path), to=str(target), why=why)
+        return target
