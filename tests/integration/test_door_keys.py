@@ -268,6 +268,18 @@ async def test_a_header_makes_privacy_stricter_and_never_weaker(tmp_path: Path) 
     assert [task.json()["privacy"] for task in tasks] == ["local", "local", "local", "local", "any", "any"]
 
 
+async def test_another_projects_name_takes_no_privacy_away(tmp_path: Path) -> None:
+    projects = {"secret": {"privacy": "local", "paths": ["/home/me/secret"]}, "public": {}}
+    there = {"role": "system", "content": "Working directory: /home/me/secret/src"}
+    body = {"model": "far", "messages": [there, *CHAT["messages"]]}
+    async with server(tmp_path, llms=two_llms(), projects=projects) as running, running.http() as http:
+        answers = [
+            await http.post("/v1/chat/completions", json=body, headers=headers)
+            for headers in ({}, {"X-Project": "public"}, {"X-Project": "secret"}, {"X-Project": "nobody"})
+        ]
+    assert [answer.headers["x-llm"] for answer in answers] == ["scripted"] * 4
+
+
 async def test_a_key_for_some_llms_gets_no_other(tmp_path: Path) -> None:
     keys = {"laptop": {"api_key": {"env": "LAPTOP"}, "allowed_llms": ["scripted"]}}
     async with (

@@ -88,6 +88,57 @@ async def test_tokens_are_set_aside_by_estimate_and_counted_as_used(tmp_path: Pa
     assert again.status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_leaves_before_the_first_token_pays_for_the_prompt(tmp_path: Path, stream: bool) -> None:
+    """The engine has read it; what might have been written goes back."""
+    limits = [{**HOUR, "tokens": 10_000}, {**HOUR, "gpu_s": 1000}]
+    llms = scripted("hi", delay_s=60)
+    async with server(tmp_path, laptop=limits, llms=llms) as (_, http):
+        body = chat("word " * 400, stream=stream)
+        leaving = asyncio.create_task(
+            http.post("/v1/chat/completions", json=body, headers=shows(LAPTOP), timeout=60)
+        )
+        async with asyncio.timeout(20):
+            while not await in_flight(http):
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.3)
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            while await in_flight(http):
+                await asyncio.sleep(0.05)
+    kept = json.loads((tmp_path / "state" / "limits.json").read_text())["meters"]
+    used = {meter["unit"]: sum(amount for _, _, amount in meter["used"]) for meter in kept}
+    assert 400 <= used["tokens"] <= 1000
+    assert 0.3 <= used["gpu_s"] < 60
+
+
+async def test_who_leaves_while_waiting_for_a_slot_pays_nothing(tmp_path: Path) -> None:
+    llms = {"scripted": {**scripted("hi", delay_s=60)["scripted"], "slots": 1}}
+    async with server(tmp_path, laptop=[{**HOUR, "tokens": 10_000}], llms=llms) as (_, http):
+        first, second = (
+            asyncio.create_task(
+                http.post("/v1/chat/completions", json=chat("word " * 400), headers=shows(key), timeout=60)
+            )
+            for key in (PHONE, LAPTOP)
+        )
+        async with asyncio.timeout(20):
+            while not await in_flight(http):
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)
+            for leaving in (second, first):
+                leaving.cancel()
+                await asyncio.gather(leaving, return_exceptions=True)
+            while await in_flight(http):
+                await asyncio.sleep(0.05)
+    kept = json.loads((tmp_path / "state" / "limits.json").read_text())["meters"]
+    assert {meter["subject"] for meter in kept if meter["used"]} == {"key:phone"}
+
+
+async def in_flight(http: httpx.AsyncClient) -> bool:
+    (llm,) = (await http.get("/api/v1/llms", headers=shows(PHONE))).json()["items"]
+    return bool(llm["in_flight"])
+
+
 async def test_a_rate_is_waited_for_by_the_sdk_and_then_served(tmp_path: Path) -> None:
     messages: Any = chat()["messages"]
     async with (

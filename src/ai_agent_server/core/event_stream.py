@@ -8,7 +8,7 @@ from typing import Self
 
 import structlog
 from litestar.response.base import ASGIResponse
-from litestar.types import Receive, Send
+from litestar.types import Receive, Scope, Send
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +43,14 @@ class EventStream(ASGIResponse):
         self._write_timeout_s = write_timeout_s
         self._aclose = aclose
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer. However that ends, also before the first line, `aclose` is called."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._aclose is not None:
+                await self._aclose()
+
     async def send_body(self, send: Send, receive: Receive) -> None:
         """Write until one of the two sides is done; a client that leaves cancels nothing but this."""
         writing = asyncio.ensure_future(self._write(send))
@@ -53,8 +61,6 @@ class EventStream(ASGIResponse):
             for task in (writing, leaving):
                 task.cancel()
             results = await asyncio.gather(writing, leaving, return_exceptions=True)
-            if self._aclose is not None:
-                await self._aclose()
         if isinstance(results[0], Exception):
             # The status line is long gone: the end without a final event is all that can be said.
             log.error("events.failed", **self._about, exc_info=results[0])

@@ -397,9 +397,10 @@ class Answer:
 
     def opening(self) -> list[_Event]:
         """Before the first delta."""
+        begun = msgspec.structs.replace(self._base, model=self._model())
         return [
-            Created(sequence_number=self._next(), response=self._base),
-            InProgress(sequence_number=self._next(), response=self._base),
+            Created(sequence_number=self._next(), response=begun),
+            InProgress(sequence_number=self._next(), response=begun),
         ]
 
     def take(self, delta: ChatDelta) -> list[_Event]:

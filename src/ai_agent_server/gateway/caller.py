@@ -40,7 +40,9 @@ class Accounts(Protocol):
     """What a surface asks of the door. A chat request is placed, reserved for, and charged, in this order."""
 
     def placed(self, caller: Caller, request: ChatRequest) -> Caller:
-        """`caller` in the project that the system prompt's paths name, where `X-Project` named none.
+        """`caller` in the project that the system prompt's paths name, where `X-Project` named none of ours.
+
+        Where it named another one, the privacy of the stricter of the two holds.
 
         Raises `LimitExceededError` when the project has no request left.
         """

@@ -207,10 +207,12 @@ class Door:
 
     def placed(self, caller: Caller, request: ChatRequest) -> Caller:
         """See `Accounts.placed`."""
+        name = self._access.projects.found(request)
         # A name that is none of ours must not lead past the project that the request belongs to.
         if caller.project and caller.project != UNKNOWN:
-            return caller
-        name = self._access.projects.found(request)
+            # One that is ours says where it is counted, and never that what is private may leave.
+            is_private = name and self._access.by_project[name][0] == "local"
+            return msgspec.structs.replace(caller, privacy="local") if is_private else caller
         if not name:
             return caller
         caller = self._in_project(caller, name)

@@ -30,7 +30,7 @@ from ai_agent_server.gateway._responses_events import (
 )
 from ai_agent_server.gateway._responses_wire import ResponsesDraft, decode, translate
 from ai_agent_server.gateway.caller import caller_of
-from ai_agent_server.gateway.serving import KeepAlive, Opened, Serving
+from ai_agent_server.gateway.serving import KeepAlive, Opened, Serving, Whole
 
 __all__ = ("ResponsesRoutes", "operations")
 
@@ -67,6 +67,15 @@ class ResponsesRoutes:
         limit_bytes = int(self._settings().server.max_body_mb * 1024 * 1024)
         draft = decode(await read_body(request, limit_bytes))
         asked = translate(draft)
+        served: Opened | Whole | None = None
+        # Made before there is an answer to be closed: nothing may fail between its opening and its stream.
+        answer = Answer(
+            draft,
+            asked,
+            model=lambda: draft.model if served is None else served.model,
+            new_id=self._new_id,
+            now=self._now_s,
+        )
         serve = self._serving.open if draft.stream else self._serving.whole
         try:
             async with WhileConnected(request.receive):
@@ -81,7 +90,6 @@ class ResponsesRoutes:
                 )
         except ClientLeftError:
             return ASGIResponse(status_code=NO_LONGER_READ, media_type=JSON)
-        answer = Answer(draft, asked, model=lambda: served.model, new_id=self._new_id, now=self._now_s)
         if isinstance(served, Opened):
             return EventStream(
                 _frames(served, answer),

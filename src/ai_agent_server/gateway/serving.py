@@ -24,8 +24,9 @@ from ai_agent_server.gateway._errors import wire_error
 from ai_agent_server.gateway._pump import Pump
 from ai_agent_server.gateway.caller import Accounts, Caller, Hold
 from ai_agent_server.gateway.tiers import TierChoice, choose
-from ai_agent_server.llm_engines.base import JoinedStream, LLMEngine
+from ai_agent_server.llm_engines.base import JoinedStream
 from ai_agent_server.load_balancer import estimate
+from ai_agent_server.load_balancer.base import BalancedLLM, Source
 
 __all__ = ("KeepAlive", "ListedModel", "Opened", "Route", "Serving", "Surface", "Whole")
 
@@ -83,7 +84,7 @@ class Serving:
     def __init__(
         self,
         *,
-        llm: LLMEngine,
+        llm: BalancedLLM,
         balancer: Balancer,
         orchestration: Orchestration,
         accounts: Accounts,
@@ -256,7 +257,11 @@ class Serving:
     async def _counted(self, exchange: "Exchange") -> AsyncGenerator[ChatDelta, None]:
         """The answer's deltas; however it ends, it is charged and told to the metrics."""
         status, shown = "left", False
-        source = self._task(exchange) if exchange.route.kind == "role" else self._llm.stream(exchange.request)
+        source = (
+            self._task(exchange)
+            if exchange.route.kind == "role"
+            else self._llm.stream(exchange.request, sent=exchange.sent)
+        )
         try:
             async with aclosing(source) as deltas:
                 async for delta in deltas:
@@ -292,6 +297,8 @@ class Serving:
         return _role_chat.stream(self._orchestration, exchange.request, task, exchange.saw)
 
     def _settle(self, exchange: "Exchange", status: str) -> None:
+        if status == "left":
+            exchange.leave()
         joined, ended_s = exchange.joined, self._clock()
         usage = exchange.usage()
         cost_usd = self._price(joined.llm, usage) if joined.llm else exchange.task_cost_usd
@@ -347,6 +354,8 @@ class Exchange:
         self.task_id = ""
         self.task_cost_usd = 0.0
         self._clock, self._limits = clock, limits
+        self._sent_to: tuple[str, Source] | None = None
+        self._sent_s = 0.0
         self._first_s: float | None = None
         self._engine_s = self._queued_s = 0.0
         self._pieces = 0
@@ -355,6 +364,16 @@ class Exchange:
     def model(self) -> str:
         """Who answers: the LLM's name as soon as it is known, or the role's."""
         return self.joined.llm or self.route.model
+
+    def sent(self, llm: str, source: Source) -> None:
+        """The engine of `llm` has the request now."""
+        self._sent_to, self._sent_s = (llm, source), self._clock()
+
+    def leave(self) -> None:
+        """The client left. An engine that had the request has read the prompt, though it had said nothing."""
+        if self._first_s is None and self._sent_to is not None:
+            self.joined.llm, self.joined.source = self._sent_to
+            self.joined.usage = ChatUsage(input_tokens=self.input_tokens)
 
     def add(self, delta: ChatDelta) -> None:
         """The next piece of the answer."""
@@ -379,8 +398,10 @@ class Exchange:
 
     def slot_s(self, ended_s: float) -> float:
         """For how long a slot of a local LLM was taken."""
-        if self.joined.source != "local" or self._first_s is None:
+        if self.joined.source != "local":
             return 0.0
+        if self._first_s is None:
+            return ended_s - self._sent_s
         return ended_s - self._first_s + self._engine_s
 
     def first_token_ms(self) -> float | None:

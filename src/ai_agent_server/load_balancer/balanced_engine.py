@@ -25,7 +25,13 @@ from ai_agent_server.llm_engines.base import EmbeddingEngine, ModelCard
 from ai_agent_server.load_balancer import circuit, estimate
 from ai_agent_server.load_balancer.accelerator import AcceleratorQueue
 from ai_agent_server.load_balancer.admission import Admission, Journey, Lease
-from ai_agent_server.load_balancer.base import AcceleratorView, BalancingStrategy, LLMView, Requirements
+from ai_agent_server.load_balancer.base import (
+    AcceleratorView,
+    BalancingStrategy,
+    LLMView,
+    Requirements,
+    Sent,
+)
 from ai_agent_server.load_balancer.scheduler import CONFIGURED_ANEW, Refuse, Start
 from ai_agent_server.load_balancer.standing import HeldEngine, Member, Standing, same_engine
 
@@ -100,12 +106,16 @@ class BalancedEngine:
 
     # The engine port
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+    async def stream(
+        self, request: ChatRequest, *, sent: Sent | None = None
+    ) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`; the first delta says which LLM does, and why."""
         journey, began_s = Journey(wanted=self.requirements(request)), self._clock()
         while True:
             async with self._attempt(journey) as lease:
                 queued_s = lease.started_s - began_s if lease.waited_s or journey.attempts else 0.0
+                if sent is not None:
+                    sent(lease.standing.name, lease.standing.settings.source)
                 async with aclosing(self._answer(lease, request, queued_s)) as deltas:
                     async for delta in deltas:
                         yield delta

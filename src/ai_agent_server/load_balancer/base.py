@@ -1,13 +1,16 @@
 """The choice port: what a strategy sees of each LLM, and what it must answer."""
 
-from typing import Literal, Protocol
+from collections.abc import AsyncGenerator, Callable
+from typing import Literal, Protocol, TypeAlias
 
 import msgspec
 
-from ai_agent_server.core.chat import Capability, Privacy, Tier, Urgency
+from ai_agent_server.core.chat import Capability, ChatDelta, ChatRequest, Privacy, Tier, Urgency
 
 CircuitState = Literal["closed", "open", "half_open"]
 Source = Literal["local", "api"]
+Sent: TypeAlias = Callable[[str, Source], None]
+"""Called with an LLM's name and source whenever a request is given to its engine, which then reads it."""
 
 
 class LLMView(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,4 +137,12 @@ class BalancingStrategy(Protocol):
 
     def rank(self, wanted: Requirements, views: tuple[LLMView, ...]) -> tuple[Scored, ...]:
         """Every view, best first; ties broken by the order given."""
+        ...
+
+
+class BalancedLLM(Protocol):
+    """Many LLMs as one: an `LLMEngine` that also says whom it asks, before a token does."""
+
+    def stream(self, request: ChatRequest, *, sent: Sent | None = None) -> AsyncGenerator[ChatDelta, None]:
+        """See `LLMEngine.stream`."""
         ...
