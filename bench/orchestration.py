@@ -25,6 +25,7 @@ import uvloop
 from ai_agent_server import log
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome, RoleSpec
 from ai_agent_server.assembly import members_for, strategy_for
+from ai_agent_server.cluster.alone import Alone
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import LLMSettings, Settings
 from ai_agent_server.core.chat import ChatRequest, message
@@ -104,6 +105,7 @@ async def engine(folder: Path) -> AsyncIterator[OrchestrationEngine]:
             )
         },
         store=store,
+        leases=Alone(),
         llm=balancer,
         sandbox=Unsafe(),
         clock=lambda: datetime.now(UTC),

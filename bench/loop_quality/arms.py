@@ -12,6 +12,7 @@ import uuid_utils
 
 from ai_agent_server.agents.base import Agent, AgentContext
 from ai_agent_server.assembly import members_for, profiles_for, strategy_for
+from ai_agent_server.cluster.alone import Alone
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest
 from ai_agent_server.core.next_step import drafts
@@ -236,6 +237,7 @@ async def running(
     engine = OrchestrationEngine(
         profiles=profiles,
         store=store,
+        leases=Alone(),
         llm=llm,
         sandbox=sandbox,
         clock=lambda: datetime.now(UTC),

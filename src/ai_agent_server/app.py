@@ -20,6 +20,7 @@ from ai_agent_server.channels._embedded_nats import EmbeddedNats
 from ai_agent_server.channels.base import Channel
 from ai_agent_server.channels.memory_channel import MemoryChannel
 from ai_agent_server.channels.nats_channel import NatsChannel
+from ai_agent_server.cluster.alone import Alone
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.config.toggles import Toggles
@@ -276,6 +277,7 @@ async def running(
         engine = OrchestrationEngine(
             profiles=profiles,
             store=store,
+            leases=Alone(),
             llm=balancer,
             sandbox=sandbox,
             clock=_now,

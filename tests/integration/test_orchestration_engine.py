@@ -13,6 +13,7 @@ import pytest
 import uuid_utils
 
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome, RoleSpec
+from ai_agent_server.cluster.alone import Alone
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, ChatUsage, RouteHints, message
 from ai_agent_server.core.exchange import SLACK_PIECES
@@ -170,6 +171,7 @@ async def running(
     engine = OrchestrationEngine(
         profiles=profiles or profile(),
         store=store,
+        leases=options.pop("leases", Alone()),
         llm=words,
         sandbox=NoSandbox(),
         clock=now,

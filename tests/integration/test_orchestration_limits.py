@@ -10,6 +10,7 @@ import pytest
 import uuid_utils
 
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome, RoleSpec
+from ai_agent_server.cluster.alone import Alone
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, ChatUsage, message
 from ai_agent_server.core.exchange import SLACK_PIECES
@@ -109,6 +110,7 @@ async def test_the_engine_ends_every_task_inside_its_limits_with_its_best_work()
     engine = OrchestrationEngine(
         profiles=profiles,
         store=store,
+        leases=Alone(),
         llm=Spiteful(),
         sandbox=NoSandbox("none", "none"),
         clock=lambda: datetime.now(UTC),

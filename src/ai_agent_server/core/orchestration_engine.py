@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from ai_agent_server.agents.base import Agent, AgentContext, Outcome, RoleSpec
+from ai_agent_server.cluster.base import Leases
 from ai_agent_server.core.chat import ChatUsage, JSONObject, Privacy, RouteHints
 from ai_agent_server.core.exchange import BudgetSpentError, Exchange
 from ai_agent_server.core.intake import (
@@ -117,7 +118,9 @@ class OrchestrationEngine:
     """Implements `core.ports.Orchestration` over a store, an LLM engine, agents and a sandbox.
 
     Each live task is run by one of `max_running` workers; a step's outcome and the next step's start
-    are one durable write, so that a crash repeats at most the call that was under way.
+    are one durable write, so that a crash repeats at most the call that was under way. Where servers
+    share the store, a task is run by the one that took it; the others pass on what it writes, and take
+    it when `leases` says that its holder is gone.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class OrchestrationEngine:
         *,
         profiles: Mapping[str, Profile],
         store: TaskStore,
+        leases: Leases,
         llm: LLMEngine,
         sandbox: Sandbox,
         clock: Callable[[], datetime],
@@ -137,6 +141,7 @@ class OrchestrationEngine:
         shutdown_s: float = 10.0,
     ) -> None:
         self._store = store
+        self._leases = leases
         self._llm = llm
         self._sandbox = sandbox
         self._clock = clock
@@ -152,6 +157,8 @@ class OrchestrationEngine:
         self._reserved = 0
         self._crashed: set[str] = set()
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._elsewhere: dict[str, str] = {}
+        """Live task -> the server that has it."""
         self._waiting_until: dict[str, datetime] = {}
         self._unwritten: dict[str, StepFinished] = {}
         self._canceling: set[str] = set()
@@ -162,6 +169,7 @@ class OrchestrationEngine:
         self._accepting = False
         self._draining = False
         self._durations_s: deque[float] = deque(maxlen=64)
+        store.observe(self._written_elsewhere)
         self.configure(profiles)
 
     async def start(self) -> None:
@@ -403,18 +411,55 @@ class OrchestrationEngine:
             now = self._clock()
             for task_id in tuple(self._live - self._queued - self._running.keys()):
                 until = self._waiting_until.get(task_id)
-                if until is None or now >= until:
+                free = self._leases.may_take(self._elsewhere.get(task_id, ""))
+                if free and (until is None or now >= until):
                     self._enqueue(task_id)
+
+    def _written_elsewhere(self, packet: TaskPacket, since: int) -> None:
+        """Another server wrote: pass it on, let go of what is not ours any more, take what is free."""
+        task_id = packet.task_id
+        self._readers.tell(task_id, packet.history[since:])
+        self._waiting_until.pop(task_id, None)
+        free = self._leases.may_take(packet.holder)
+        if packet.status.is_final:
+            self._forget(task_id)
+        else:
+            self._live.add(task_id)
+            if free:
+                self._elsewhere.pop(task_id, None)
+            else:
+                self._elsewhere[task_id] = packet.holder
+        running = self._running.get(task_id)
+        if running is not None and (packet.status.is_final or not free):
+            log.warning("task.taken_away", task_id=task_id, status=str(packet.status), holder=packet.holder)
+            running.cancel()
+        elif free:
+            self._enqueue(task_id)
+
+    def _forget(self, task_id: str) -> None:
+        """It has ended."""
+        self._live.discard(task_id)
+        self._crashed.discard(task_id)
+        self._elsewhere.pop(task_id, None)
+        self._waiting_until.pop(task_id, None)
+        self._unwritten.pop(task_id, None)
 
     async def _run(self, task_id: str) -> None:
         with structlog.contextvars.bound_contextvars(task_id=task_id):
             try:
-                await self._advance(await self._store.read(task_id))
+                packet = await self._store.read(task_id)
+                if not self._leases.may_take(packet.holder):
+                    self._elsewhere[task_id] = packet.holder
+                    return
+                self._elsewhere.pop(task_id, None)
+                await self._advance(packet)
             except asyncio.CancelledError:
+                if task_id not in self._canceling:
+                    self._cut.pop(task_id, None)
                 raise
             except (TaskNotFoundError, InvalidTransitionError):
                 # Canceled or deleted meanwhile: its file says all there is to say.
-                self._live.discard(task_id)
+                self._forget(task_id)
             except StoreError as exc:
                 # The reconciler comes back to it; what could not be written did not happen.
                 log.warning("task.not_written", problem=str(exc))
@@ -442,6 +487,7 @@ class OrchestrationEngine:
     async def _advance(self, packet: TaskPacket) -> None:
         """Take `packet` as far as it goes: each turn decides, records and acts."""
         pending = self._taken_up(packet)
+        generation = fold(packet, pending).generation
         while not packet.status.is_final:
             # What a step left is folded in before the decision, and written with what the decision
             # adds: one durable write a step.
@@ -460,6 +506,9 @@ class OrchestrationEngine:
             except TaskConflictError:
                 # Somebody's feedback or cancel came first: keep what the step found, decide again.
                 packet = await self._store.read(packet.task_id)
+                if self._lost(packet, generation):
+                    log.warning("task.fenced_off", generation=generation, now=packet.generation)
+                    return
                 pending = tuple(event for event in pending if _still_holds(event, packet))
                 continue
             except StoreError:
@@ -487,17 +536,23 @@ class OrchestrationEngine:
         return (*taken, unwritten)
 
     def _taken(self, packet: TaskPacket) -> Started | Recovered:
-        generation = packet.generation + 1
+        generation, us = packet.generation + 1, self._leases.holder
+        if packet.holder not in {"", us}:
+            why = f"the server {packet.holder} is gone"
+            return Recovered(at=self._clock(), generation=generation, holder=us, why=why)
         if packet.generation and packet.task_id in self._crashed:
-            return Recovered(at=self._clock(), generation=generation, why="the server came back")
-        return Started(at=self._clock(), generation=generation)
+            return Recovered(at=self._clock(), generation=generation, holder=us, why="the server came back")
+        return Started(at=self._clock(), generation=generation, holder=us)
+
+    def _lost(self, packet: TaskPacket, generation: int) -> bool:
+        """Whether another worker took the task that was to be run as `generation`."""
+        theirs = packet.generation == generation and packet.holder != self._leases.holder
+        return packet.generation > generation or theirs
 
     async def _append(self, packet: TaskPacket, events: Sequence[TaskEvent]) -> TaskPacket:
         written = await self._store.append(packet.task_id, events, expected_revision=packet.revision)
         if written.status.is_final:
-            self._live.discard(written.task_id)
-            self._waiting_until.pop(written.task_id, None)
-            self._unwritten.pop(written.task_id, None)
+            self._forget(written.task_id)
             self._durations_s.append((self._clock() - written.created_at) / timedelta(seconds=1))
             log.info(
                 "task.ended",

@@ -202,17 +202,20 @@ class Submitted(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="t
     sender: Sender | None = None
 
 
-class Started(TaskEvent, frozen=True, kw_only=True, tag="task.started"):
+class Started(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="task.started"):
     """A worker took the task; `generation` rises with each worker that does."""
 
     generation: int
+    holder: str = ""
+    """The server that it is a worker of, where several share the tasks."""
 
 
-class Recovered(TaskEvent, frozen=True, kw_only=True, tag="task.recovered"):
-    """A server came back and found the task without a worker."""
+class Recovered(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="task.recovered"):
+    """A server came back, or was left by another one, and found the task without a worker."""
 
     generation: int
     why: str
+    holder: str = ""
 
 
 class StepStarted(TaskEvent, frozen=True, kw_only=True, tag="step.started"):
@@ -339,6 +342,8 @@ class TaskPacket(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorDetail | None = None
     usage: Usage = Usage()
     generation: int = 0
+    holder: str = ""
+    """The server that took it last, where several share the tasks; it alone may go on with it."""
     started_at: datetime | None = None
     updated_at: datetime | None = None
     revision: int = 0

@@ -94,6 +94,7 @@ def _changes(packet: TaskPacket, event: AnyTaskEvent) -> dict[str, object]:
             return {
                 "status": status,
                 "generation": event.generation,
+                "holder": event.holder,
                 "started_at": packet.started_at or event.at,
             }
         case StepStarted():

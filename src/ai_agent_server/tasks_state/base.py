@@ -1,6 +1,6 @@
 """The task store port: every task's state, durable before anyone is told."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -34,6 +34,10 @@ class StoreHealth(msgspec.Struct, frozen=True, kw_only=True):
     free_bytes: int | None = None
     corrupt: int = 0
     detail: str = ""
+
+
+ForeignListener = Callable[[TaskPacket, int], None]
+"""Called with a packet that somebody else changed and the revision last known here. Must not block."""
 
 
 class TaskStore(Protocol):
@@ -90,6 +94,10 @@ class TaskStore(Protocol):
 
     async def health(self) -> StoreHealth:
         """Whether a write would work now."""
+        ...
+
+    def observe(self, listener: ForeignListener) -> None:
+        """Be told of what other processes write; to be called before `open`."""
         ...
 
     async def aclose(self) -> None:

@@ -21,7 +21,7 @@ from ai_agent_server.errors import StoreError, StoreUnusableError
 from ai_agent_server.tasks_state._files import Written
 from ai_agent_server.tasks_state._folder import Change, Stored, TaskFolder
 from ai_agent_server.tasks_state._index import TaskIndex, first_state, next_state
-from ai_agent_server.tasks_state.base import StoreHealth, TaskFilter, TaskPage
+from ai_agent_server.tasks_state.base import ForeignListener, StoreHealth, TaskFilter, TaskPage
 
 __all__ = ("JsonFileStore",)
 
@@ -217,6 +217,9 @@ class JsonFileStore:
             corrupt=self._corrupt,
             detail=detail,
         )
+
+    def observe(self, listener: ForeignListener) -> None:
+        """The folder is locked: nobody else writes here."""
 
     async def aclose(self) -> None:
         """End every write under way, make the files safe without the journal, let go of the folder."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, summary
 from ai_agent_server.errors import TaskNotFoundError
 from ai_agent_server.tasks_state._index import TaskIndex, first_state, next_state
-from ai_agent_server.tasks_state.base import StoreHealth, TaskFilter, TaskPage
+from ai_agent_server.tasks_state.base import ForeignListener, StoreHealth, TaskFilter, TaskPage
 
 __all__ = ("MemoryStore",)
 
@@ -63,6 +63,9 @@ class MemoryStore:
     async def health(self) -> StoreHealth:
         """Always well."""
         return StoreHealth(kind="memory_store", ok=True, tasks=len(self._index))
+
+    def observe(self, listener: ForeignListener) -> None:
+        """Nobody else writes here."""
 
     async def aclose(self) -> None:
         """Nothing to let go of."""
