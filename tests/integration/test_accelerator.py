@@ -32,6 +32,7 @@ class SlowEngine:
         self.card, self.name = card, name
         self.loaded = False
         self.fails_to_load = self.stays = self.says_nothing = False
+        self.busy_for_s = 0.0
         self.running = self.most_running = self.cut = self.closed = 0
         self.go = asyncio.Event()
         self.go.set()
@@ -43,6 +44,8 @@ class SlowEngine:
         self.card.said.append(f"{self.name}: {request.messages[-1].text}")
         try:
             await self.go.wait()
+            if self.busy_for_s:
+                raise EngineBusyError("full", engine=self.name, retry_after_s=self.busy_for_s)
             yield ChatDelta(text="yes", model=self.name)
             yield ChatDelta(finish_reason="stop", usage=ChatUsage(input_tokens=1, output_tokens=1))
         except (GeneratorExit, asyncio.CancelledError):
@@ -370,6 +373,7 @@ async def test_a_reload_that_changes_an_engine_waits_for_the_old_one_s_memory() 
         )
         await asyncio.sleep(0.05)
         assert not new.loaded
+        assert [each.llm for each in view(engine).llms] == ["a", "b"]
         a.go.set()
         assert (await first).text == (await second).text == "yes"
         assert a.closed == 1
@@ -389,6 +393,119 @@ async def test_an_llm_that_is_switched_off_answers_none_of_those_who_wait_for_it
         with suppress(NoLLMError):
             await second
         assert b.most_running == 0
+
+
+async def test_who_waits_for_an_llm_that_is_switched_off_is_told_at_once() -> None:
+    async with two_of_which_one_fits() as (engine, a, b):
+        a.go.clear()
+        first = ask(engine, "a")
+        await until(lambda: a.running == 1)
+        second, third = ask(engine, "b", privacy="local", allowed=["b"]), ask(engine, "b")
+        await until(lambda: len(view(engine).queue) == 2)
+        await engine.set_toggle("b", False)
+        with pytest.raises(NoLLMError, match="LB-1 toggle"):
+            await second
+        assert not first.done()
+        # Whoever may be served by another waits for that one now.
+        await until(lambda: [each.llm for each in view(engine).queue] == ["a"])
+        a.go.set()
+        assert (await third).llm == "a"
+        assert "load b" not in b.card.said
+
+
+async def test_an_llm_that_a_reload_switches_off_sends_back_who_waits_for_it() -> None:
+    async with two_of_which_one_fits() as (engine, a, b):
+        a.go.clear()
+        first = ask(engine, "a")
+        await until(lambda: a.running == 1)
+        second = ask(engine, "b", allowed=["b"])
+        await until(lambda: len(view(engine).queue) == 1)
+        engine.replace(
+            {
+                "a": Member(settings=llm("a"), engine=a),
+                "b": Member(settings=llm("b", toggle=False), engine=b),
+            }
+        )
+        with pytest.raises(NoLLMError, match="LB-1 toggle"):
+            await second
+        a.go.set()
+        await first
+
+
+async def test_an_llm_that_is_switched_off_gives_its_memory_back() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        a.go.clear()
+        first = ask(engine, "a")
+        await until(lambda: a.running == 1)
+        await engine.set_toggle("a", False)
+        assert a.loaded
+        a.go.set()
+        assert (await first).text == "yes"
+        await until(lambda: not a.loaded)
+        assert view(engine).recent[0].why == "GQ-11 asked to go"
+
+
+async def test_who_waits_for_an_llm_whose_circuit_opens_goes_elsewhere() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        a.go.clear()
+        first = ask(engine, "a", "one")
+        await until(lambda: a.running == 1)
+        waiting = [ask(engine, "a", f"{number}") for number in range(3)]
+        await until(lambda: len(view(engine).queue) == 3)
+        a.busy_for_s = 60.0
+        a.go.set()
+        assert [(await each).llm for each in (first, *waiting)] == ["b"] * 4
+        assert a.most_running == 1
+        assert a.card.said[:2] == ["load a", "a: one"]
+        assert [said for said in a.card.said if said.startswith("a:")] == ["a: one"]
+
+
+async def test_an_unload_that_is_asked_for_cuts_no_answer() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        a.go.clear()
+        first = ask(engine, "a")
+        await until(lambda: a.running == 1)
+        going = asyncio.create_task(engine.unload("a"))
+        await until(lambda: books(engine, "a").draining)
+        a.go.set()
+        assert (await first).text == "yes"
+        await going
+        assert not a.loaded
+        assert books(engine, "a").state == "cold"
+
+
+async def test_an_unload_that_an_engine_does_not_carry_out_is_told() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        await ask(engine, "a")
+        a.stays = True
+        with pytest.raises(EngineBusyError, match="kept its model"):
+            await engine.unload("a")
+        assert books(engine, "a").state == "warm"
+
+
+async def test_an_unload_of_what_still_answers_ends_with_the_longest_wait() -> None:
+    async with two_of_which_one_fits(max_wait_s=0.2) as (engine, a, _):
+        a.go.clear()
+        first = ask(engine, "a")
+        await until(lambda: a.running == 1)
+        with pytest.raises(EngineBusyError, match="not ended"):
+            await engine.unload("a")
+        a.go.set()
+        assert (await first).text == "yes"
+
+
+async def test_an_engine_that_says_its_model_went_while_it_answers_is_not_believed() -> None:
+    async with two_of_which_one_fits() as (engine, a, _):
+        a.go.clear()
+        first = ask(engine, "a")
+        await until(lambda: a.running == 1)
+        a.loaded = False
+        await engine.refresh_residency()
+        assert books(engine, "a").held_mb == 900
+        a.go.set()
+        assert (await first).text == "yes"
+        await engine.refresh_residency()
+        assert books(engine, "a").held_mb == 0
 
 
 async def test_an_llm_is_loaded_in_its_turn_when_that_is_asked_for() -> None:

@@ -22,6 +22,7 @@ from ai_agent_server.errors import (
     ModelNotFoundError,
 )
 from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts, chat
+from ai_agent_server.llm_engines.local import _llama_child
 from ai_agent_server.llm_engines.local.llama_cpp_engine import LlamaCppEngine
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -159,6 +160,7 @@ async def test_closing_during_a_load_leaves_no_process() -> None:
 PARENT = """
 import asyncio, sys
 from ai_agent_server.llm_engines.base import EngineSpec
+from ai_agent_server.llm_engines.local import _llama_child
 from ai_agent_server.llm_engines.local.llama_cpp_engine import LlamaCppEngine
 
 async def main():
@@ -190,6 +192,7 @@ QUIET = """
 import asyncio, os, sys
 from ai_agent_server.core.chat import ChatRequest, message
 from ai_agent_server.llm_engines.base import EngineSpec, chat
+from ai_agent_server.llm_engines.local import _llama_child
 from ai_agent_server.llm_engines.local.llama_cpp_engine import LlamaCppEngine
 import structlog
 structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
@@ -214,3 +217,20 @@ async def test_it_prints_nothing_and_does_not_trust_the_working_directory(tmp_pa
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("gpu_layers", "kinds", "may"),
+    [
+        (-1, ["CPU"], False),
+        (-1, ["ACCEL", "CPU"], False),
+        (-1, ["GPU", "CPU"], True),
+        (20, ["IGPU", "CPU"], True),
+        (0, ["GPU", "CPU"], False),
+    ],
+)
+def test_the_process_s_memory_is_the_model_s_where_no_gpu_may_hold_any(
+    gpu_layers: int, kinds: list[str], may: bool
+) -> None:
+    named = [f"GGML_BACKEND_DEVICE_TYPE_{kind}" for kind in kinds]
+    assert _llama_child.may_use_gpu(gpu_layers, named) is may

@@ -82,6 +82,20 @@ def test_what_can_never_fit_is_told_apart_from_what_does_not_fit_now() -> None:
     assert not ledger(A, external_mb=12_000).fits("a")
 
 
+def test_a_model_measured_a_little_beyond_the_budget_is_all_of_it_and_comes_again() -> None:
+    books = ledger(A, B).hold("a").measured("a", 16_100)
+    assert books.free_mb == 0
+    assert books.can_fit("a")
+    assert books.release("a").fits("a")
+    assert not books.fits("b")
+    # Another program is another matter: there is less than it takes.
+    assert not books.release("a").external(500).fits("a")
+
+
+def test_a_model_measured_beyond_the_memory_itself_can_never_fit() -> None:
+    assert not ledger(A).hold("a").measured("a", 16_500).can_fit("a")
+
+
 def test_another_program_can_outrun_the_books() -> None:
     assert ledger(A).hold("a").external(10_000).free_mb == -3000
 

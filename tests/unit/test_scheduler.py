@@ -20,6 +20,7 @@ from ai_agent_server.load_balancer.memory_ledger import Footprint, MemoryLedger
 from ai_agent_server.load_balancer.scheduler import (
     Arrived,
     Configured,
+    Dismissed,
     Effect,
     Event,
     ExternalMemory,
@@ -30,6 +31,7 @@ from ai_agent_server.load_balancer.scheduler import (
     LoadFailed,
     Measured,
     Model,
+    Recalled,
     Refuse,
     Retired,
     Rules,
@@ -371,7 +373,19 @@ def test_who_waits_for_a_model_that_turns_out_too_big_is_told() -> None:
     card.warm("a")
     card.ask("a")
     card.ask("a")
-    assert card.tell(Measured(llm="a", memory_mb=16_000)) == ["refuse a2"]
+    assert card.tell(Measured(llm="a", memory_mb=17_000)) == ["refuse a2"]
+
+
+def test_a_model_that_reaches_a_little_into_the_headroom_runs_on_and_comes_again() -> None:
+    card = Card()
+    card.warm("a")
+    card.ask("a")
+    card.ask("a")
+    assert card.tell(Measured(llm="a", memory_mb=16_000)) == []
+    assert card.tell(Finished(request="a1")) == ["start a2"]
+    card.tell(Finished(request="a2"))
+    card.tell(Unloaded(llm="a"))
+    assert card.ask("a") == ["load a"]
 
 
 def test_whoever_waited_beyond_all_patience_is_refused() -> None:
@@ -533,6 +547,7 @@ def test_a_model_that_a_reload_takes_away_holds_its_memory_until_its_engine_is_c
     assert card.ask("b") == []
     assert card.tell(Finished(request="a1"), 5) == []
     assert card.tell(Retired(llm="a")) == ["load b"]
+    card.tell(Retired(llm="c"))
     assert [seat.llm for seat in card.scheduler.seats()] == ["b"]
 
 
@@ -548,6 +563,68 @@ def test_a_model_on_another_engine_is_loaded_once_the_old_engine_is_closed() -> 
     assert card.tell(Retired(llm="a")) == ["load a"]
     assert card.tell(Loaded(llm="a"), 10) == ["start a2"]
     assert card.tell(Retired(llm="a")) == []
+
+
+def test_after_two_reloads_during_one_answer_both_engines_have_to_close_first() -> None:
+    card = Card()
+    card.warm("a")
+    card.ask("a")
+    configured(card, "a", **MB)
+    configured(card, "a", **MB)
+    assert card.ask("b") == []
+    # The second engine never was in use.
+    assert card.tell(Retired(llm="a")) == []
+    card.tell(Finished(request="a1"), 5)
+    assert card.tell(Retired(llm="a")) == ["load b"]
+
+
+def test_a_failed_load_of_an_old_engine_leaves_the_others_to_close() -> None:
+    card = Card()
+    card.ask("a")
+    configured(card, "a", **MB)
+    card.ask("a")
+    assert card.tell(LoadFailed(llm="a")) == []
+    assert card.tell(Retired(llm="a")) == ["load a"]
+
+
+def test_a_model_that_comes_back_in_a_later_reload_waits_for_the_engine_that_it_had() -> None:
+    card = Card()
+    card.warm("a")
+    configured(card, b=9000, c=4000)
+    configured(card, **MB)
+    assert card.ask("a") == []
+    assert card.tell(Retired(llm="a")) == ["load a"]
+
+
+def test_those_who_wait_for_a_model_that_may_not_serve_are_sent_back() -> None:
+    card = Card()
+    card.warm("a")
+    card.ask("a")
+    card.ask("b")
+    card.ask("b")
+    assert card.tell(Recalled(llm="b")) == ["refuse b2", "refuse b3"]
+    assert card.tell(Finished(request="a1"), 5) == []
+    assert card.state("a") == "warm"
+
+
+def test_a_model_that_somebody_wants_out_goes_once_its_answers_have_ended() -> None:
+    card = Card()
+    card.warm("a")
+    card.ask("a")
+    assert card.tell(Dismissed(llm="a")) == []
+    assert card.ask("a") == []
+    assert card.tell(Finished(request="a1"), 5) == ["unload a"]
+    assert card.tell(Unloaded(llm="a"), 1) == ["load a"]
+    assert card.tell(Loaded(llm="a"), 10) == ["start a2"]
+    assert card.tell(Finished(request="a2"), 5) == []
+
+
+def test_a_model_that_was_asked_to_go_and_would_not_serves_on() -> None:
+    card = Card()
+    card.warm("a")
+    assert card.tell(Dismissed(llm="a")) == ["unload a"]
+    assert card.tell(Loaded(llm="a"), 1) == []
+    assert card.ask("a") == ["start a1"]
 
 
 def test_a_reload_that_leaves_a_model_alone_leaves_it_in_memory_as_measured() -> None:
@@ -806,6 +883,8 @@ anything = st.one_of(
     st.builds(Unloaded, llm=LLMS),
     st.builds(Measured, llm=LLMS, memory_mb=st.floats(0, 20_000)),
     st.builds(ExternalMemory, memory_mb=st.floats(0, 20_000)),
+    st.builds(Recalled, llm=LLMS),
+    st.builds(Dismissed, llm=LLMS),
     st.just(Tick()),
 )
 
@@ -878,6 +957,88 @@ def test_whatever_it_is_told_it_keeps_to_slots_and_memory_and_forgets_nobody(
         auditor.tell(event, after_s)
     auditor.behave()
     assert not auditor.open
+
+
+class Engines:
+    """The engines of one model over many reloads, each with what it really holds."""
+
+    def __init__(self) -> None:
+        self.card = Card(a=9000, b=9000)
+        self.holding: dict[int, bool] = {0: False}
+        """Engine -> whether the model is in its memory; those that are closed are gone."""
+        self.newest = self.loading = 0
+        self.b = False
+
+    def tell(self, event: Event) -> None:
+        self.card.now_s += 1
+        for effect in self.card.scheduler.handle(event, self.card.now_s):
+            match effect:
+                case Load(llm="a"):
+                    self.loading = self.newest
+                    self.holding[self.loading] = True
+                case Load():
+                    self.b = True
+                case Unload(llm="a"):
+                    self.holding[self.newest] = False
+                case Unload():
+                    self.b = False
+                case Start(request=request):
+                    self.tell(Finished(request=request))
+                case _:
+                    pass
+        taken_mb = 9000 * (sum(self.holding.values()) + self.b)
+        assert taken_mb <= 16384 - 512, "two hold what there is for one"
+
+    def do(self, what: str, choice: int) -> None:
+        seat = self.card.scheduler.seat("a")
+        match what:
+            case "ask a" | "ask b":
+                self.tell(Arrived(request=f"r{self.card.now_s}", llm=what[-1]))
+            case "reload":
+                self.newest += 1
+                self.holding[self.newest] = False
+                footprints = {name: Footprint(llm=name, declared_mb=9000) for name in "ab"}
+                models = {name: Model(name=name) for name in "ab"}
+                event = Configured(
+                    models=models, footprints=footprints, rules=Rules(), replaced=frozenset("a")
+                )
+                self.tell(event)
+            case "failed" if seat is not None and seat.state == "loading":
+                self.holding[self.loading] = False
+                self.tell(LoadFailed(llm="a"))
+            case "close":
+                loading = seat is not None and seat.state == "loading"
+                old = [each for each in self.holding if each != self.newest]
+                closable = [each for each in old if not (loading and each == self.loading)]
+                if closable:
+                    del self.holding[closable[choice % len(closable)]]
+                    self.tell(Retired(llm="a"))
+            case _:
+                for name in "ab":
+                    found = self.card.scheduler.seat(name)
+                    if found is not None and found.state == "unloading":
+                        self.tell(Unloaded(llm=name))
+                    elif found is not None and found.state == "loading":
+                        self.tell(Loaded(llm=name))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=SLOW_MACHINE)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(("ask a", "ask b", "reload", "reload", "failed", "close", "close", "go on")),
+            st.integers(0, 3),
+        ),
+        min_size=30,
+        max_size=60,
+    )
+)
+def test_however_reloads_and_closing_engines_come_together_memory_is_not_booked_twice(
+    story: list[tuple[str, int]],
+) -> None:
+    engines = Engines()
+    for what, choice in story:
+        engines.do(what, choice)
 
 
 @pytest.mark.parametrize("seed", range(3))

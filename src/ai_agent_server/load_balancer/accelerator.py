@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
@@ -17,6 +18,7 @@ from ai_agent_server.load_balancer.memory_ledger import Footprint, MemoryLedger,
 from ai_agent_server.load_balancer.scheduler import (
     Arrived,
     Configured,
+    Dismissed,
     Effect,
     Event,
     Finished,
@@ -26,6 +28,7 @@ from ai_agent_server.load_balancer.scheduler import (
     LoadFailed,
     Measured,
     Model,
+    Recalled,
     Refuse,
     Retired,
     Rules,
@@ -87,6 +90,8 @@ class AcceleratorQueue:
         """LLM -> when an order to its engine was given or carried out: looks begun before are stale."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarm: asyncio.Task[None] | None = None
+        self._dismissed: dict[str, asyncio.Future[bool]] = {}
+        """LLM that is to go -> whether it went."""
         self._recent: deque[tuple[float, Effect]] = deque(maxlen=RECENT)
         self._closed = False
 
@@ -111,6 +116,19 @@ class AcceleratorQueue:
     def leave(self, request: str, *, answered: bool) -> None:
         """A request that was let in has ended."""
         self._tell(Finished(request=request) if answered else Left(request=request))
+
+    def recall(self, llm: str) -> None:
+        """Send those who wait for `llm` back, to be placed again."""
+        self._tell(Recalled(llm=llm))
+
+    def dismiss(self, llm: str) -> asyncio.Future[bool]:
+        """Have `llm` leave the memory once its answers have ended; whether it did."""
+        gone = self._dismissed.setdefault(llm, asyncio.get_running_loop().create_future())
+        self._tell(Dismissed(llm=llm))
+        seat = self._scheduler.seat(llm)
+        if self._closed or seat is None or seat.state == "cold":
+            self._went(llm, gone=True)
+        return gone
 
     def seat(self, llm: str) -> Seat | None:
         """How `llm` stands; None where it is not of this accelerator."""
@@ -194,17 +212,18 @@ class AcceleratorQueue:
 
     def retired(self, llm: str) -> None:
         """The engine that `configure` sent away is closed."""
-        if not self._closed:
-            self._tell(Retired(llm=llm))
+        self._tell(Retired(llm=llm))
+        self._went(llm, gone=True)
 
     def seen(self, llm: str, card: ModelCard, began_s: float) -> None:
         """The engine was looked at, from `began_s` on: what it says of `llm`.
 
-        It is believed where it says that a model is there or is not, and how much that takes; a look
-        from before an order was carried out says nothing.
+        It is believed where it says that a model is there or is not, and how much that takes. A look from
+        before an order was carried out, or a request was sent, says nothing; nor does one say that a model
+        went while it answers.
         """
         seat = self._scheduler.seat(llm)
-        if seat is None or began_s <= self._changed_s.get(llm, -1.0):
+        if seat is None or began_s <= self._changed_s.get(llm, -math.inf):
             return
         settings = self._llms[llm].settings
         if settings.memory_mb is None and card.size_bytes:
@@ -218,8 +237,9 @@ class AcceleratorQueue:
             )
         if card.residency == "loaded" and seat.state == "cold":
             self._tell(Loaded(llm=llm))
-        elif card.residency == "unloaded" and seat.state == "warm":
+        elif card.residency == "unloaded" and seat.state == "warm" and not seat.running:
             self._tell(Unloaded(llm=llm))
+            self._went(llm, gone=True)
         if card.residency == "loaded" and card.memory_bytes:
             self._tell(Measured(llm=llm, memory_mb=card.memory_bytes / MB))
 
@@ -229,6 +249,8 @@ class AcceleratorQueue:
         for request, answer in self._waiting.items():
             if not answer.done():
                 answer.set_result(Refuse(request=request, retry_after_s=None, why="the balancer is closed"))
+        for llm in tuple(self._dismissed):
+            self._went(llm, gone=False)
         tasks = (*self._tasks, *((self._alarm,) if self._alarm is not None else ()))
         for task in tasks:
             task.cancel()
@@ -246,6 +268,9 @@ class AcceleratorQueue:
 
     def _do(self, effect: Effect) -> None:
         self._recent.appendleft((self._clock(), effect))
+        if isinstance(effect, Start):
+            # An engine may bring in by itself what it had dropped: what was seen before is stale.
+            self._changed_s[effect.llm] = self._clock()
         match effect:
             case Start() | Refuse():
                 answer = self._waiting.get(effect.request)
@@ -271,6 +296,8 @@ class AcceleratorQueue:
         try:
             done = await self._ordered(llm, engined.engine.load(), LOAD_TIMEOUT_S)
             self._tell(Loaded(llm=llm) if done else LoadFailed(llm=llm))
+            if not done:
+                self._went(llm, gone=True)
             card = await self._look(engined) if done else None
             if card is not None and card.residency == "loaded" and card.memory_bytes:
                 self._tell(Measured(llm=llm, memory_mb=card.memory_bytes / MB))
@@ -284,8 +311,14 @@ class AcceleratorQueue:
             card = await self._look(engined)
             gone = card is not None and card.residency == "unloaded"
             self._tell(Unloaded(llm=llm) if gone else Loaded(llm=llm))
+            self._went(llm, gone=gone)
         finally:
             engined.leave()
+
+    def _went(self, llm: str, *, gone: bool) -> None:
+        told = self._dismissed.pop(llm, None)
+        if told is not None and not told.done():
+            told.set_result(gone)
 
     async def _ordered(self, llm: str, order: Coroutine[None, None, None], timeout_s: float) -> bool:
         """Whether the engine carried it out."""
@@ -318,7 +351,7 @@ class AcceleratorQueue:
             self._alarm.cancel()
             self._alarm = None
         wake_s = self._scheduler.wake_s
-        if wake_s != float("inf") and self._waiting and not self._closed:
+        if wake_s != math.inf and self._waiting and not self._closed:
             self._alarm = asyncio.create_task(self._wake_at(wake_s), name=f"queue of {self.name}")
 
     async def _wake_at(self, wake_s: float) -> None:

@@ -32,7 +32,7 @@ from ai_agent_server.load_balancer.base import (
     Requirements,
     Sent,
 )
-from ai_agent_server.load_balancer.scheduler import CONFIGURED_ANEW, Refuse, Start
+from ai_agent_server.load_balancer.scheduler import CONFIGURED_ANEW, RECALLED, Refuse, Start
 from ai_agent_server.load_balancer.standing import HeldEngine, Member, Standing, same_engine
 
 __all__ = ("BalancedEngine", "Member")
@@ -146,9 +146,15 @@ class BalancedEngine:
         await self._look_at(standing)
 
     async def unload(self, llm: str | None = None) -> None:
-        """Give an LLM's memory back, by default every local one's."""
+        """Give an LLM's memory back, by default every local one's.
+
+        On an accelerator its answers end first; `EngineBusyError` where they took too long, or it stayed.
+        """
         for standing in self._local() if llm is None else (self._named(llm),):
-            await standing.held.engine.unload()
+            if standing.accelerator is None:
+                await standing.held.engine.unload()
+            else:
+                await self._unload_in_turn(standing, standing.accelerator)
             await self._look_at(standing)
 
     async def aclose(self) -> None:
@@ -205,7 +211,7 @@ class BalancedEngine:
     async def set_toggle(self, name: str, on: bool) -> None:
         """Switch an LLM on or off. What it is answering goes on; switching it on closes its circuit.
 
-        Raises `UnknownLLMError`.
+        One that is switched off leaves the memory of its accelerator. Raises `UnknownLLMError`.
         """
         standing = self._named(name)
         over: bool | None = None
@@ -216,6 +222,8 @@ class BalancedEngine:
         standing.toggle = on
         if on:
             standing.circuit = circuit.Circuit()
+        else:
+            _clear(standing)
         self._tell("llm.toggled", name, why="on" if on else "off")
         self._admission.dispatch(changed=True)
 
@@ -236,13 +244,17 @@ class BalancedEngine:
         admission.settings = settings or admission.settings
         admission.strategy = strategy or admission.strategy
         old, admission.standings = admission.standings, {}
+        switched_off: list[Standing] = []
         for name, member in members.items():
             kept = old.get(name)
             if kept is not None and (
                 member.engine is kept.held.engine or same_engine(kept.settings, member.settings)
             ):
+                was_on = kept.toggle
                 kept.reconfigure(member.settings)
                 admission.standings[name] = kept
+                if was_on and not kept.toggle:
+                    switched_off.append(kept)
                 if member.engine is not kept.held.engine:
                     self._retire(HeldEngine(name, member.engine))
             else:
@@ -252,6 +264,8 @@ class BalancedEngine:
         )
         # First, so that those who wait for an engine let go of it.
         self._configure_queues(replaced)
+        for standing in switched_off:
+            _clear(standing)
         for name in old:
             if name in replaced:
                 self._tell("llm.replaced", name)
@@ -293,7 +307,7 @@ class BalancedEngine:
             lease.queue = lease.standing.accelerator
             if lease.queue is None:
                 return lease
-            if self._admission.standings.get(lease.standing.name) is not lease.standing:
+            if not self._stands(lease.standing):
                 # A reload came between: its engine is to be closed, which would wait for this very request.
                 self._admission.release(lease)
                 continue
@@ -310,11 +324,6 @@ class BalancedEngine:
                 journey.waited_s += waited_s
             if isinstance(turn, Start):
                 lease.turn, lease.cold = turn.request, False
-                now = self._admission.standings.get(lease.standing.name)
-                if now is lease.standing and not now.toggle:
-                    # Switched off while the request waited: its decision holds no more.
-                    self._admission.release(lease)
-                    continue
                 return lease
             self._admission.release(lease)
             _note_refusal(journey, lease.standing.name, turn)
@@ -324,6 +333,16 @@ class BalancedEngine:
         if isinstance(turn, Refuse):
             raise EngineBusyError(turn.why, engine=standing.name, retry_after_s=turn.retry_after_s)
         queue.leave(turn.request, answered=False)
+
+    async def _unload_in_turn(self, standing: Standing, queue: AcceleratorQueue) -> None:
+        try:
+            async with asyncio.timeout(self._admission.settings.max_wait_s):
+                # Shielded: another may wait for the same.
+                gone = await asyncio.shield(queue.dismiss(standing.name))
+        except TimeoutError as exc:
+            raise EngineBusyError("its answers have not ended", engine=standing.name) from exc
+        if not gone:
+            raise EngineBusyError("it kept its model in memory", engine=standing.name)
 
     async def _vectors(self, lease: Lease, request: EmbeddingRequest) -> EmbeddingReply:
         standing, engine = lease.standing, lease.held.engine
@@ -400,6 +419,8 @@ class BalancedEngine:
         if before != "open" and circuit.state(standing.circuit, now_s) == "open":
             cooldown_s = circuit.cooldown_s(standing.circuit, now_s)
             self._tell("llm.circuit_opened", standing.name, why=type(error).__name__, wait_s=cooldown_s)
+            if standing.accelerator is not None and self._stands(standing):
+                standing.accelerator.recall(standing.name)
 
     def _next_step(self, journey: Journey, lease: Lease, error: EngineError) -> float:
         """Seconds to pause before the next decision, after a failure that nobody saw yet."""
@@ -428,6 +449,10 @@ class BalancedEngine:
     def _local(self) -> tuple[Standing, ...]:
         standings = self._admission.standings.values()
         return tuple(standing for standing in standings if standing.settings.source == "local")
+
+    def _stands(self, standing: Standing) -> bool:
+        """Whether it is configured still."""
+        return self._admission.standings.get(standing.name) is standing
 
     def _named(self, name: str) -> Standing:
         standing = self._admission.standings.get(name)
@@ -510,6 +535,13 @@ class BalancedEngine:
         tell(kind, llm=llm, why=why, wait_s=round(wait_s, 3))
 
 
+def _clear(standing: Standing) -> None:
+    """It was switched off: those who wait for it are placed again, and its memory is for others."""
+    if standing.accelerator is not None:
+        standing.accelerator.recall(standing.name)
+        standing.accelerator.dismiss(standing.name)
+
+
 def _is_the_askers(error: EngineError) -> bool:
     """Whether the request itself was wrong, so that no other LLM need be asked."""
     elsewhere = ContextOverflowError | ModelNotFoundError
@@ -518,8 +550,8 @@ def _is_the_askers(error: EngineError) -> bool:
 
 def _note_refusal(journey: Journey, name: str, refusal: Refuse) -> None:
     """An accelerator's queue said no: the request goes elsewhere, or ends with when to come again."""
-    if refusal.why == CONFIGURED_ANEW:
-        return
+    if refusal.why in {CONFIGURED_ANEW, RECALLED}:
+        return  # to be placed again
     journey.failures[name] = refusal.why
     journey.exclude(name)
     if refusal.retry_after_s is not None:

@@ -85,7 +85,13 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
         footprint, whole_mb = self.footprints[llm], max(self.budget_mb, 1.0)
         if footprint.mb is None:
             return whole_mb
-        return min(footprint.mb, whole_mb) if footprint.basis == "estimated" else footprint.mb
+        match footprint.basis:
+            case "estimated":
+                return min(footprint.mb, whole_mb)
+            case "measured":
+                return self._booked_mb(footprint.mb)
+            case _:
+                return footprint.mb
 
     def fits(self, llm: str, *, freed: Iterable[str] = ()) -> bool:
         """Whether `llm` can be loaded now, or once `freed` are gone."""
@@ -97,7 +103,8 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
         footprint = self.footprints[llm]
         if footprint.mb is None or footprint.basis == "estimated":
             return True
-        return footprint.mb <= self.memory_mb - self.headroom_mb
+        mb = self._booked_mb(footprint.mb) if footprint.basis == "measured" else footprint.mb
+        return mb <= self.memory_mb - self.headroom_mb
 
     def hold(self, llm: str) -> "MemoryLedger":
         """`llm` is being loaded, or was found loaded."""
@@ -119,12 +126,16 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
         held = self.held.get(llm)
         if held is None:
             return self
-        most_mb = max(memory_mb, held.mb) if held.measured else memory_mb
-        footprint = msgspec.structs.replace(self.footprints[llm], measured_mb=most_mb)
+        footprint = self.footprints[llm]
+        most_mb = max(memory_mb, footprint.measured_mb or held.mb) if held.measured else memory_mb
+        footprint = msgspec.structs.replace(footprint, measured_mb=most_mb)
         return msgspec.structs.replace(
             self,
             footprints={**self.footprints, llm: footprint},
-            held={**self.held, llm: msgspec.structs.replace(held, mb=most_mb, measured=True)},
+            held={
+                **self.held,
+                llm: msgspec.structs.replace(held, mb=self._booked_mb(most_mb), measured=True),
+            },
         )
 
     def estimated(self, llm: str, memory_mb: float) -> "MemoryLedger":
@@ -132,8 +143,13 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
         footprint = msgspec.structs.replace(self.footprints[llm], estimated_mb=memory_mb)
         return msgspec.structs.replace(self, footprints={**self.footprints, llm: footprint})
 
-    def configured(self, footprints: dict[str, Footprint], *, anew: Iterable[str] = ()) -> "MemoryLedger":
-        """These are the models now. What was found out stays, but not of those that changed: `anew`."""
+    def configured(
+        self, footprints: dict[str, Footprint], *, anew: Iterable[str] = (), going: Iterable[str] = ()
+    ) -> "MemoryLedger":
+        """These are the models now, beside those that are still `going`.
+
+        What was found out stays, but not of those that changed: `anew`.
+        """
         kept = {
             llm: msgspec.structs.replace(
                 footprint,
@@ -144,12 +160,20 @@ class MemoryLedger(msgspec.Struct, frozen=True, kw_only=True):
             else footprint
             for llm, footprint in footprints.items()
         }
-        gone = {llm: self.footprints[llm] for llm in self.held if llm not in kept}
-        return msgspec.structs.replace(self, footprints={**kept, **gone})
+        return msgspec.structs.replace(
+            self, footprints={**{llm: self.footprints[llm] for llm in going}, **kept}
+        )
 
     def external(self, memory_mb: float) -> "MemoryLedger":
         """Other programs take `memory_mb`."""
         return msgspec.structs.replace(self, external_mb=max(0.0, memory_mb))
+
+    def _booked_mb(self, measured_mb: float) -> float:
+        """What a measurement is booked as. One that reaches into the headroom is all that is ours: the model
+        was there and ran, and to refuse it from then on would be to refuse it for ever."""
+        if measured_mb > self.memory_mb:
+            return measured_mb
+        return min(measured_mb, self.memory_mb - self.headroom_mb)
 
     def _with_held(self, held: dict[str, Held]) -> "MemoryLedger":
         return msgspec.structs.replace(self, held=held)

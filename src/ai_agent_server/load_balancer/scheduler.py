@@ -28,6 +28,7 @@ MAX_KEYS = 1024
 """Keys whose account is kept while they owe something."""
 LONGEST_RETRY_S = 120.0
 CONFIGURED_ANEW = "GQ-10 configured anew"
+RECALLED = "GQ-12 called back"
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +119,10 @@ class Sized(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Configured(msgspec.Struct, frozen=True, kw_only=True):
-    """These are the models from now on. The engines of those `replaced`, and of those left out, are going."""
+    """These are the models from now on.
+
+    The engines of those `replaced`, and of those left out, are going: each of them says `Retired` once.
+    """
 
     models: dict[str, Model]
     footprints: dict[str, Footprint]
@@ -127,7 +131,19 @@ class Configured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Retired(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine that a `Configured` sent away is closed: what it held of `llm` is free."""
+    """An engine that a `Configured` sent away is closed: what it held of `llm` is free."""
+
+    llm: str
+
+
+class Recalled(msgspec.Struct, frozen=True, kw_only=True):
+    """`llm` is not to be sent those who wait for it: it was switched off, or fails too often."""
+
+    llm: str
+
+
+class Dismissed(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody wants `llm` out of memory: once, as soon as its answers have ended."""
 
     llm: str
 
@@ -148,6 +164,8 @@ Event: TypeAlias = (
     | Sized
     | Configured
     | Retired
+    | Recalled
+    | Dismissed
     | Tick
 )
 
@@ -284,8 +302,10 @@ class _Seat:
     regret: float = math.inf
     """How often, of late, it was wanted again before the one that it made room for was even loaded."""
     went_for: "_Seat | None" = None
-    retiring: bool = False
-    """Its engine is being closed; whoever closes it says `Retired`."""
+    retiring: int = 0
+    """Engines of it that are being closed, each of which may hold its memory. Two reloads during one
+    answer make two."""
+    dismissed: bool = False
     configured: bool = True
 
     @property
@@ -434,9 +454,11 @@ class Scheduler:
             case Configured():
                 self._configured(event)
             case Retired(llm=llm):
-                if llm in self._seats and self._seats[llm].retiring:
-                    self._seats[llm].retiring = False
-                    self._go(self._seats[llm])
+                self._retired(llm)
+            case Recalled(llm=llm):
+                self._refuse_all(self._seats[llm], 0.0, RECALLED)
+            case Dismissed(llm=llm):
+                self._seats[llm].dismissed = self._seats[llm].state in {"loading", "warm"}
             case Tick():
                 pass
         self._settle()
@@ -567,7 +589,6 @@ class Scheduler:
         self._go(seat)
         if seat.retiring:
             # Who waits by now waits for another engine.
-            seat.retiring = False
             return
         seat.left_alone_until_s = self._now_s + self._rules.retry_s
         self._refuse_all(seat, self._rules.retry_s, "GQ-2 did not load")
@@ -592,24 +613,35 @@ class Scheduler:
     def _configured(self, event: Configured) -> None:
         self._rules = event.rules
         for name, seat in self._seats.items():
-            seat.configured = name in event.models
-            if not seat.configured or name in event.replaced:
+            if seat.configured and (name not in event.models or name in event.replaced):
                 self._refuse_all(seat, 0.0, CONFIGURED_ANEW)
-                seat.retiring = seat.state != "cold"
+                seat.retiring += 1
+            seat.configured = name in event.models
         for name, model in event.models.items():
             if name in self._seats:
                 self._seats[name].model = model
             else:
                 self._seats[name] = _Seat(model, since_s=self._now_s)
-        self.ledger = self.ledger.configured(event.footprints, anew=event.replaced)
+        going = [name for name, seat in self._seats.items() if not seat.configured]
+        self.ledger = self.ledger.configured(event.footprints, anew=event.replaced, going=going)
+
+    def _retired(self, llm: str) -> None:
+        seat = self._seats.get(llm)
+        if seat is None or not seat.retiring:
+            return
+        seat.retiring -= 1
+        if not seat.retiring and seat.state != "cold":
+            self._go(seat)
 
     # Decisions
 
     def _settle(self) -> None:
         """Every rule once."""
         for seat in tuple(self._seats.values()):
-            if not seat.configured and seat.state == "cold" and not seat.busy:
+            if not seat.configured and seat.state == "cold" and not seat.busy and not seat.retiring:
                 del self._seats[seat.name]
+            elif seat.dismissed:
+                self._unload_idle(seat, "GQ-11 asked to go")
         self._expire()
         self._relieve()
         self._advance_claim()
@@ -638,7 +670,7 @@ class Scheduler:
         over_mb, staying = -self.ledger.free_mb, []
         for name, held in self.ledger.held.items():
             seat = self._seats[name]
-            if seat.state == "unloading" or seat.retiring or self._is_victim(seat):
+            if seat.state == "unloading" or seat.retiring or seat.dismissed or self._is_victim(seat):
                 over_mb -= held.mb
             elif seat.state == "warm":
                 staying.append(seat)
@@ -678,16 +710,17 @@ class Scheduler:
             self._claim = None
 
     def _still_holds(self, claim: _Claim) -> bool:
-        if not claim.seat.queued or claim.seat.state != "cold" or self._now_s < claim.seat.left_alone_until_s:
+        seat = claim.seat
+        if not self._may_load(seat) or self._now_s < seat.left_alone_until_s:
             return False
-        if not claim.seat.only_background:
+        if not seat.only_background:
             return True
         return not any(victim.state == "warm" and self._is_held(victim) for victim in claim.victims)
 
     def _choose_next(self) -> None:
         """Bring in what is wanted and away, as far as memory, and those who are in it, allow."""
         for seat in sorted(
-            (seat for seat in self._seats.values() if seat.state == "cold" and seat.queued),
+            filter(self._may_load, self._seats.values()),
             key=self._precedence,
         ):
             if self._now_s < seat.left_alone_until_s:
@@ -708,6 +741,10 @@ class Scheduler:
             if aged and victims is not None:
                 # What those after it would load now, it would wait for.
                 return
+
+    def _may_load(self, seat: _Seat) -> bool:
+        # Not beside an engine of its own that is still to close: that may hold what the new one loads.
+        return seat.state == "cold" and seat.queued > 0 and not seat.retiring
 
     def _precedence(self, seat: _Seat) -> tuple[bool, bool, int, float]:
         aged = self._aged(seat)
@@ -843,6 +880,8 @@ class Scheduler:
         self.ledger = self.ledger.release(seat.name)
 
     def _become(self, seat: _Seat, state: State) -> None:
+        if state == "cold" or seat.state == "unloading":
+            seat.dismissed = False
         seat.state, seat.since_s = state, self._now_s
 
     def _used(self, seat: _Seat, urgency: Urgency) -> None:
@@ -863,7 +902,7 @@ class Scheduler:
         return seat.state == "unloading" or self._draining(seat)
 
     def _draining(self, seat: _Seat) -> bool:
-        return seat.retiring or seat.name in self._yielding or self._is_victim(seat)
+        return seat.retiring > 0 or seat.dismissed or seat.name in self._yielding or self._is_victim(seat)
 
     def _is_victim(self, seat: _Seat) -> bool:
         return self._claim is not None and any(victim is seat for victim in self._claim.victims)

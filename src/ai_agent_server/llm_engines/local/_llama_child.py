@@ -32,6 +32,13 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
 
     address: str = ""
     problem: str = ""
+    on_gpu: bool = False
+    """Whether a GPU may hold some of it, so that the process's own memory says little."""
+
+
+def may_use_gpu(gpu_layers: int, kinds: list[str]) -> bool:
+    """Whether layers may be put on a device of one of these kinds, by ggml's names."""
+    return gpu_layers != 0 and any(kind.endswith("GPU") for kind in kinds)
 
 
 def main() -> None:
@@ -67,7 +74,8 @@ def main() -> None:
         params.api_keys = [order.api_key]
         try:
             server = xllamacpp.Server(params)
-            ready = Ready(address=server.listening_address)
+            kinds = [device["type"].name for device in xllamacpp.get_device_info()]
+            ready = Ready(address=server.listening_address, on_gpu=may_use_gpu(order.gpu_layers, kinds))
         except RuntimeError as exc:
             ready = Ready(problem=str(exc))
         answers.write(msgspec.json.encode(ready) + b"\n")

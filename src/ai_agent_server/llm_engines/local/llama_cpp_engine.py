@@ -211,7 +211,7 @@ class _Child:
         self._tail = b""
         self._reading = asyncio.create_task(self._read_log(), name=f"log of {spec.name}")
         self.api_key = secrets.token_urlsafe(16)
-        self.serving = False
+        self.serving = self._on_gpu = False
 
     @classmethod
     async def start(cls, spec: EngineSpec) -> "_Child":
@@ -243,7 +243,7 @@ class _Child:
         self.http = LlamaHTTP(
             ready.address, engine=self._spec.name, timeouts=self._spec.timeouts, api_key=self.api_key
         )
-        self.serving = True
+        self.serving, self._on_gpu = True, ready.on_gpu
 
     @property
     def alive(self) -> bool:
@@ -260,7 +260,9 @@ class _Child:
         return f"llama.cpp ended with {code}" + (f": {said}" if said else "")
 
     def memory_bytes(self) -> int | None:
-        """Its resident memory, where the system tells (Linux)."""
+        """Its resident memory, where that is what the model takes and the system tells (Linux)."""
+        if self._on_gpu:
+            return None
         try:
             pages = int(Path(f"/proc/{self._process.pid}/statm").read_text("ascii").split()[1])
         except (OSError, IndexError, ValueError):
