@@ -41,7 +41,9 @@ from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 from ai_agent_server.sandbox._choose import choose_sandbox
 from ai_agent_server.sandbox.base import SandboxProbe
 from ai_agent_server.surfaces import operations, surfaces_for
-from ai_agent_server.tasks_state.base import StoreHealth, TaskStore
+from ai_agent_server.tasks_state._archive import ARCHIVE, Archive
+from ai_agent_server.tasks_state._retention import Housekeeper
+from ai_agent_server.tasks_state.base import Retention, StoreHealth, TaskStore
 
 log = structlog.get_logger(__name__)
 
@@ -347,6 +349,10 @@ async def running(
         # the handler still publishes what the engine's last steps wrote.
         stack.push_async_callback(engine.aclose)
         await engine.start()
+        if settings.store.retention != Retention():
+            archive = Archive(state_dir / ARCHIVE)
+            retention = settings.store.retention
+            await stack.enter_async_context(Housekeeper(store, archive, retention, clock=_now))
         await stack.enter_async_context(handler)
         await stack.enter_async_context(surfaces.model_context)
         stack.push_async_callback(engine.aclose)

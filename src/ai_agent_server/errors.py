@@ -18,6 +18,7 @@ AgentServerError
 │   └── LimitExceededError      the caller's share is used up (retry_after_s, unit, is_quota)
 ├── TaskStateError              what a task's file says forbids this
 │   ├── TaskNotFoundError
+│   │   └── TaskArchivedError    it ended long ago and is in the archive (place)
 │   ├── TaskConflictError       the revision is not the expected one
 │   ├── InvalidTransitionError  this event cannot follow this status
 │   └── TaskLiveError           it must have ended first
@@ -203,6 +204,16 @@ class TaskNotFoundError(TaskStateError):
 
     def __init__(self, task_id: str) -> None:
         super().__init__(task_id, "no such task")
+
+
+class TaskArchivedError(TaskNotFoundError):
+    """The task ended long ago and is in the archive, in the file `place`."""
+
+    def __init__(self, task_id: str, place: str) -> None:
+        self.place = place
+        TaskStateError.__init__(
+            self, task_id, f"it was archived in {place}; `ai-agent-server tasks archive {task_id}` shows it"
+        )
 
 
 class TaskConflictError(TaskStateError):

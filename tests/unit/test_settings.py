@@ -67,6 +67,7 @@ SECTIONS = (
     "/sandbox/limits",
     "/server",
     "/store",
+    "/store/retention",
 )
 """Every object of the file whose keys are a closed set."""
 

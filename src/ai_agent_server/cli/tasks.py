@@ -63,6 +63,16 @@ tasks.command(
     name="verify",
     help="Check every task's file against its schema and its own history, server running or not.",
 )
+tasks.command(
+    "ai_agent_server.cli.folder:export",
+    name="export",
+    help="Write every task as a JSON line, server running or not.",
+)
+tasks.command(
+    "ai_agent_server.cli.folder:archive",
+    name="archive",
+    help="Show what is in the archive, or move ended tasks into it while no server runs.",
+)
 
 
 @Parameter(name="*")

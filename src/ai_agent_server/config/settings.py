@@ -22,6 +22,7 @@ from ai_agent_server.errors import ConfigurationError
 from ai_agent_server.llm_engines.base import EngineTimeouts
 from ai_agent_server.loopback import is_loopback_url
 from ai_agent_server.sandbox.base import SandboxLimits
+from ai_agent_server.tasks_state.base import Retention
 
 API_KEY = "AI_AGENT_SERVER_API_KEY"
 """The variable that holds the key which clients must show."""
@@ -193,6 +194,7 @@ class StoreSettings(_Section, frozen=True, kw_only=True):
 
     kind: str = "json_file_store"
     """A file below tasks_state."""
+    retention: Retention = Retention()
 
 
 class SandboxSettings(_Section, frozen=True, kw_only=True):

@@ -125,6 +125,7 @@ TAGS = {
     "observe": "Health, metrics, and this description.",
 }
 
+_TASK = (errors.TaskNotFoundError, errors.TaskArchivedError)
 _STORE = (errors.StoreError,)
 _STORE_WRITE = (errors.StoreError, errors.StoreFullError)
 _INTAKE = (
@@ -262,7 +263,7 @@ def operations() -> tuple[Operation, ...]:
                     headers=(_TASK_FILE, *_ROUTING),
                 ),
             ),
-            problems=(errors.TaskNotFoundError, *_STORE),
+            problems=(*_TASK, *_STORE),
         ),
         Operation(
             method="delete",
@@ -271,7 +272,7 @@ def operations() -> tuple[Operation, ...]:
             tag="tasks",
             summary="Delete an ended task",
             answers=(Answer(status=204, about="It is gone."),),
-            problems=(errors.TaskNotFoundError, errors.TaskLiveError, *_STORE_WRITE),
+            problems=(*_TASK, errors.TaskLiveError, *_STORE_WRITE),
         ),
         Operation(
             method="post",
@@ -291,7 +292,7 @@ def operations() -> tuple[Operation, ...]:
                 ),
             ),
             problems=(
-                errors.TaskNotFoundError,
+                *_TASK,
                 errors.InvalidTransitionError,
                 errors.TaskConflictError,
                 *_STORE_WRITE,
@@ -317,7 +318,7 @@ def operations() -> tuple[Operation, ...]:
                 ),
             ),
             problems=(
-                errors.TaskNotFoundError,
+                *_TASK,
                 errors.InvalidTransitionError,
                 errors.TaskConflictError,
                 errors.ShuttingDownError,
@@ -353,7 +354,7 @@ def operations() -> tuple[Operation, ...]:
                     headers=_EVENT_HEADERS,
                 ),
             ),
-            problems=(errors.TaskNotFoundError, *_STORE),
+            problems=(*_TASK, *_STORE),
         ),
         Operation(
             method="get",
@@ -568,6 +569,7 @@ def problem_examples() -> dict[str, Problem]:
         (errors.IntakeFullError(1000, 12.0), path),
         (errors.ShuttingDownError(), path),
         (errors.TaskNotFoundError(TASK_ID), task),
+        (errors.TaskArchivedError(TASK_ID, "/srv/state/archive/2026-10.jsonl.gz"), task),
         (errors.TaskLiveError(TASK_ID, "it is working; cancel it first"), task),
         (errors.InvalidTransitionError(TASK_ID, "it has ended (completed)"), f"{task}/cancel"),
         (errors.TaskConflictError(TASK_ID, expected=4, actual=5), f"{task}/feedback"),

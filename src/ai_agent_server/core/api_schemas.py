@@ -81,6 +81,7 @@ PROBLEMS: dict[type[errors.AgentServerError], ProblemKind] = {
     errors.IntakeFullError: ProblemKind("intake-full", 429, "As many tasks are live as may be"),
     errors.ShuttingDownError: ProblemKind("shutting-down", 503, "The server is stopping"),
     errors.TaskNotFoundError: ProblemKind("task-not-found", 404, "No such task"),
+    errors.TaskArchivedError: ProblemKind("task-archived", 410, "The task was archived"),
     errors.TaskLiveError: ProblemKind("task-live", 409, "The task has not ended"),
     errors.InvalidTransitionError: ProblemKind("invalid-transition", 409, "The task's status forbids it"),
     errors.TaskConflictError: ProblemKind("task-conflict", 409, "Somebody else wrote first"),

@@ -26,22 +26,10 @@ from ai_agent_server.core.task_packet import (
 )
 from ai_agent_server.errors import InvalidTransitionError
 
-DERIVED = (
-    "status",
-    "reason",
-    "history",
-    "result",
-    "error",
-    "usage",
-    "generation",
-    "started_at",
-    "updated_at",
-    "revision",
-)
-"""The packet's fields that `fold` makes."""
-_BEGINNING = {
-    field.name: field.default for field in msgspec.structs.fields(TaskPacket) if field.name in DERIVED
-}
+_FIELDS = msgspec.structs.fields(TaskPacket)
+DERIVED = tuple(field.name for field in _FIELDS[[field.name for field in _FIELDS].index("status") :])
+"""The packet's fields that `fold` makes: everything from `status` down."""
+_BEGINNING = {field.name: field.default for field in _FIELDS if field.name in DERIVED}
 
 
 def fold(packet: TaskPacket, events: Sequence[TaskEvent]) -> TaskPacket:

@@ -15,6 +15,7 @@ from ai_agent_server.core.task_packet import TaskPacket, is_task_id
 from ai_agent_server.core.verification import faults
 from ai_agent_server.durable import TEMPORARY, translated
 from ai_agent_server.errors import CorruptTaskError, StoreUnusableError
+from ai_agent_server.tasks_state._archive import ARCHIVE, Archive
 from ai_agent_server.tasks_state._files import Blobs, decode, decode_head
 from ai_agent_server.tasks_state._folder import SHARDS, TaskFolder
 from ai_agent_server.tasks_state._journal import frames, segments
@@ -43,6 +44,8 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     events: int = 0
     ahead: int = 0
     """Tasks of which the journal has a newer state than the file."""
+    archived: int = 0
+    """Tasks in the archive."""
     set_aside: int = 0
     """Files that lie in `corrupt/`."""
     faults: tuple[Fault, ...] = ()
@@ -98,6 +101,13 @@ class TaskFiles:
                 raise CorruptTaskError(f"blob {digest} is missing")
         return packet
 
+    def packets(self) -> Iterator[TaskPacket]:
+        """Every task, whole. Raises `CorruptTaskError`."""
+        for task_id in self.task_ids():
+            content, _ = self.newest(task_id)
+            if content is not None:
+                yield self.packet(content)
+
     def strangers(self) -> Iterator[Path]:
         """What lies among the task files and is none."""
         for entry in sorted(self.tasks.iterdir()):
@@ -150,6 +160,8 @@ def _verified(root: Path, sleep: Callable[[float], None]) -> Verified:
         Fault(file=str(path.relative_to(root)), problem="not the name of a task file in this folder")
         for path in files.strangers()
     ]
+    archived, archive_faults = _archived(root)
+    found += archive_faults
     corrupt = files.folder.corrupt
     return Verified(
         root=str(root),
@@ -157,13 +169,30 @@ def _verified(root: Path, sleep: Callable[[float], None]) -> Verified:
         live=live,
         events=events,
         ahead=ahead,
+        archived=archived,
         set_aside=len(list(corrupt.iterdir())) if corrupt.is_dir() else 0,
         faults=tuple(found),
     )
 
 
+def _archived(root: Path) -> tuple[int, list[Fault]]:
+    """How many tasks the archive has, and what is wrong with it."""
+    archive, tasks, found = Archive(root / ARCHIVE), 0, []
+    try:
+        for packet in archive.packets():
+            tasks += 1
+            if wrong := faults(packet):
+                file = str(Path(archive.place(packet.task_id)).relative_to(root))
+                found.append(Fault(task_id=packet.task_id, file=file, problem="; ".join(wrong)))
+    except CorruptTaskError as exc:
+        found.append(Fault(file=ARCHIVE, problem=str(exc)))
+    return tasks, found
+
+
 def mend(root: Path) -> Verified:
     """The same, with every faulty file moved to `corrupt/`; nothing is removed, nothing written anew.
+
+    The archive is left as it is.
 
     Raises `StoreUnusableError` while a server has the folder, or left a journal that its next start
     has to bring into the files first.
@@ -179,9 +208,12 @@ def mend(root: Path) -> Verified:
             msgspec.structs.replace(
                 fault, moved_to=str(files.folder.move_aside(root / fault.file, fault.problem))
             )
+            if (root / fault.file).is_relative_to(files.tasks)
+            else fault
             for fault in found.faults
         )
-        return msgspec.structs.replace(found, faults=moved, set_aside=found.set_aside + len(moved))
+        set_aside = found.set_aside + sum(bool(fault.moved_to) for fault in moved)
+        return msgspec.structs.replace(found, faults=moved, set_aside=set_aside)
 
 
 def _checked(files: TaskFiles, task_id: str, content: bytes, keys: dict[str, str]) -> TaskPacket:

@@ -1,7 +1,7 @@
 """The task store port: every task's state, durable before anyone is told."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -22,6 +22,17 @@ class TaskPage(msgspec.Struct, frozen=True, kw_only=True):
 
     items: tuple[TaskSummary, ...]
     next_cursor: str | None = None
+
+
+class Retention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long ended tasks are kept. None: for ever. A task is never let go within a day of its start."""
+
+    max_age_days: Annotated[float, msgspec.Meta(ge=0, le=36_500)] | None = None
+    """Since its end."""
+    max_tasks: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] | None = None
+    """So many ended ones; those that ended first go first."""
+    archive: bool = True
+    """They go to `archive/YYYY-MM.jsonl.gz` in the state folder; false: they are deleted."""
 
 
 class StoreHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +74,7 @@ class TaskStore(Protocol):
         ...
 
     async def read(self, task_id: str) -> TaskPacket:
-        """The task as it is. Raises `TaskNotFoundError`."""
+        """The task as it is. Raises `TaskNotFoundError`, as `TaskArchivedError` where it says where it is."""
         ...
 
     async def append(

@@ -17,7 +17,13 @@ import msgspec
 import structlog
 
 from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, is_task_id, summary
-from ai_agent_server.errors import StoreError, StoreUnusableError
+from ai_agent_server.errors import (
+    StoreError,
+    StoreUnusableError,
+    TaskArchivedError,
+    TaskNotFoundError,
+)
+from ai_agent_server.tasks_state._archive import ARCHIVE, Archive
 from ai_agent_server.tasks_state._files import Written
 from ai_agent_server.tasks_state._folder import Change, Stored, TaskFolder
 from ai_agent_server.tasks_state._index import TaskIndex, first_state, next_state
@@ -80,6 +86,7 @@ class JsonFileStore:
     def __init__(self, root: Path, *, pace: Pace = PACE, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` is in seconds and never goes back."""
         self._folder = TaskFolder(root)
+        self._archive = Archive(root / ARCHIVE)
         self._pace = pace
         self._clock = clock
         self._files_problem = ""
@@ -154,7 +161,7 @@ class JsonFileStore:
         live = self._live.get(task_id)
         if live is not None:
             return live.packet
-        self._index.get(task_id)
+        await self._indexed(task_id)
         return await self._in_reader(partial(self._folder.read, task_id))
 
     async def append(
@@ -190,6 +197,7 @@ class JsonFileStore:
     async def delete(self, task_id: str) -> None:
         """Remove an ended task's file, and the blobs that no other task uses."""
         await self._idle(task_id)
+        await self._indexed(task_id)
         self._index.ended(task_id)
         await self._change(
             task_id,
@@ -246,6 +254,16 @@ class JsonFileStore:
         if self._readers is None:
             raise self._closed()
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+
+    async def _indexed(self, task_id: str) -> None:
+        """Raises `TaskNotFoundError`, which says where an archived task is."""
+        try:
+            self._index.get(task_id)
+        except TaskNotFoundError:
+            place = await self._in_reader(partial(self._archive.place, task_id))
+            if place:
+                raise TaskArchivedError(task_id, place) from None
+            raise
 
     async def _idle(self, task_id: str) -> None:
         while (job := self._under_way.get(task_id)) is not None:
