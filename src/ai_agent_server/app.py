@@ -34,6 +34,7 @@ from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
 from ai_agent_server.discovery import implementation
 from ai_agent_server.errors import ConfigurationError, StoreUnusableError
 from ai_agent_server.gateway._cors import Cors
+from ai_agent_server.gateway.answer_cache import AnswerCache
 from ai_agent_server.gateway.door import Door
 from ai_agent_server.gateway.model_context import ModelContext
 from ai_agent_server.gateway.tool_runner import ReadyTool
@@ -99,6 +100,7 @@ class Server:
         store_watch: StoreWatch,
         messages: McpHandler,
         door: Door,
+        cache: AnswerCache,
         sandbox_probe: SandboxProbe,
         tools: Mapping[str, ReadyTool],
         model_context: ModelContext,
@@ -109,7 +111,7 @@ class Server:
         self.store, self.balancer, self.engine = store, balancer, engine
         self._config, self._environ, self._toggles = config, environ, toggles
         self._store_watch, self._messages = store_watch, messages
-        self._door = door
+        self._door, self._cache = door, cache
         self._sandbox_probe = sandbox_probe
         self._model_context = model_context
         self._gpu = gpu
@@ -142,6 +144,7 @@ class Server:
             self.engine.configure(profiles)
             self._door.go_by(new, access)
             self.settings, self.tools = new, tools
+            self._cache.forget({name for name, llm in old.llms.items() if new.llms.get(name) != llm})
             await self._toggles.forget(configured)
             changed = tuple(sorted(_differences(msgspec.to_builtins(old), msgspec.to_builtins(new))))
             log.info("config.reloaded", changed=len(changed))
@@ -293,6 +296,7 @@ async def running(
         )
         store_watch = StoreWatch(store, asyncio.get_running_loop().time)
         await store_watch.look()
+        cache = AnswerCache(settings=lambda: server.settings, clock=asyncio.get_running_loop().time)
         metrics = Metrics(
             now=_now,
             version=__version__,
@@ -301,6 +305,7 @@ async def running(
             llms=balancer.views,
             nats=channel.health,
             store=store_watch.gauge,
+            cache=cache.state,
         )
         engine.observe(metrics.observe)
         engine.observe(door.observe)
@@ -318,6 +323,7 @@ async def running(
             orchestration=engine,
             accounts=door,
             guard=door.guard,
+            cache=cache,
             settings=lambda: server.settings,
             tools=lambda: server.tools,
             metrics=metrics,
@@ -340,6 +346,7 @@ async def running(
             store_watch=store_watch,
             messages=handler,
             door=door,
+            cache=cache,
             sandbox_probe=probe,
             tools=tools,
             model_context=surfaces.model_context,

@@ -15,6 +15,7 @@ from ai_agent_server.core.ports import Orchestration
 from ai_agent_server.gateway import anthropic_api, embeddings_api, openai_api, responses_api, tool_api
 from ai_agent_server.gateway._errors import openai_form, refused
 from ai_agent_server.gateway._lane import Guard
+from ai_agent_server.gateway.answer_cache import AnswerCache
 from ai_agent_server.gateway.anthropic_api import AnthropicApi, anthropic_form
 from ai_agent_server.gateway.caller import Accounts
 from ai_agent_server.gateway.embeddings_api import Embeddings, EmbeddingsRoutes
@@ -57,6 +58,7 @@ def surfaces_for(
     orchestration: Orchestration,
     accounts: Accounts,
     guard: Guard,
+    cache: AnswerCache,
     settings: Callable[[], Settings],
     tools: Callable[[], Mapping[str, ReadyTool]],
     metrics: Metrics,
@@ -73,6 +75,7 @@ def surfaces_for(
         balancer=balancer,
         orchestration=orchestration,
         accounts=accounts,
+        cache=cache,
         settings=settings,
         observe=metrics.served,
         price=balancer.cost_usd,

@@ -74,6 +74,13 @@ def new(
         tuple[str, ...], Parameter(negative=(), show_default=False, help="LLMs it may use; by default all.")
     ] = (),
     privacy: Annotated[Privacy, Parameter(help="local: nothing of it leaves this machine.")] = "any",
+    cache: Annotated[
+        bool | None,
+        Parameter(
+            show_default=False,
+            help="Whether its chats use the exact cache; by default as gateway.cache.by_default says.",
+        ),
+    ] = None,
     limit: Annotated[
         tuple[str, ...],
         Parameter(
@@ -98,6 +105,7 @@ def new(
         scopes=scope or KeyRights().scopes,
         allowed_llms=llm,
         privacy=privacy,
+        cache=cache,
         limits=tuple(map(_limit, limit)),
     )
     made = KeptKey(

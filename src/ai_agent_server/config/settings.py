@@ -261,6 +261,8 @@ class KeyRights(_Section, frozen=True, kw_only=True):
     allowed_llms: tuple[str, ...] = ()
     """Empty: all."""
     privacy: Privacy = "any"
+    cache: bool | None = None
+    """Whether its chats are answered from `gateway.cache`; left out: as `by_default` there says."""
     limits: tuple[Allowance, ...] = ()
 
 
@@ -297,6 +299,22 @@ class CallerLimits(_Section, frozen=True, kw_only=True):
     tiers: TierAllowances = TierAllowances()
 
 
+class CacheSettings(_Section, frozen=True, kw_only=True):
+    """The exact cache: answers to the very same question, kept in memory."""
+
+    by_default: bool = False
+    """Whether chats that say nothing of it use it. A key's own `cache` goes before, and a request's header
+    `X-Cache: use`, `refresh` or `off` before both."""
+    shared: bool = False
+    """Whether what one key was answered may answer another one that may use the same LLMs. By default
+    each key and each project has its own answers."""
+    max_mb: Annotated[float, msgspec.Meta(ge=0, le=65_536)] = 64.0
+    """0: there is no cache, whoever asks for it."""
+    max_answers: Count = 10_000
+    ttl_s: Annotated[float, msgspec.Meta(gt=0, le=31_622_400)] = 3600.0
+    """For how long an answer is given again."""
+
+
 class GatewaySettings(_Section, frozen=True, kw_only=True):
     """The OpenAI and Anthropic forms of the API, for SDKs and coding agents; and who may use the server."""
 
@@ -311,6 +329,7 @@ class GatewaySettings(_Section, frozen=True, kw_only=True):
     """Where `ai-agent-server keys` keeps the keys it makes, hashed; by default keys.json in the state
     folder."""
     limits: CallerLimits = CallerLimits()
+    cache: CacheSettings = CacheSettings()
     cors: tuple[str, ...] = ()
     """Origins of web pages that may use the server, exactly as a browser sends them:
     `https://app.example.org`."""

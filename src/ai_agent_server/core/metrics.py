@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
@@ -177,6 +177,9 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     """What of the time to the first token was the server's own work."""
     is_task: bool = False
     """Its tokens were counted with the task's steps already."""
+    cache: Literal["", "hit", "miss"] = ""
+    """Empty where it did not use the exact cache. Of a hit no tokens are counted but those saved."""
+    saved_tokens: int = 0
 
 
 class ServedCount(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,6 +194,25 @@ class ServedCount(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
 
 
+class CacheState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the exact cache holds now."""
+
+    answers: int = 0
+    size_bytes: int = 0
+
+
+class CacheMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """The exact cache: what it holds now, and what it was good for since the start."""
+
+    answers: int
+    size_bytes: int
+    hits: int
+    """Answers that no LLM was asked for, also those that another request was waiting for already."""
+    misses: int
+    tokens_saved: int
+    """Read and written once, told again for nothing."""
+
+
 class GatewayMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """The gateway since the start; its tokens are in `use` too."""
 
@@ -200,6 +222,7 @@ class GatewayMetrics(msgspec.Struct, frozen=True, kw_only=True):
     time_to_first_token_ms: dict[str, Quantiles]
     overhead_ms: Quantiles
     """What the server itself added to the time to the first token."""
+    cache: CacheMetrics
 
 
 class MetricsSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,6 +253,7 @@ class Metrics:
         llms: Callable[[], tuple[LLMView, ...]],
         nats: Callable[[], ChannelHealth | None] = lambda: None,
         store: Callable[[], StoreHealth | None] = lambda: None,
+        cache: Callable[[], CacheState] = CacheState,
     ) -> None:
         self._now, self._since, self._version = now, now(), version
         self._engine, self._task_counts, self._llms, self._nats, self._store = (
@@ -239,6 +263,7 @@ class Metrics:
             nats,
             store,
         )
+        self._cache = cache
         self._profiles: dict[str, _Ends] = {}
         self._roles: dict[str, _Steps] = {}
         self._calls: dict[str, _Calls] = {}
@@ -262,7 +287,7 @@ class Metrics:
     def served(self, request: Served) -> None:
         """Count a request of the gateway."""
         self._served.add(request)
-        if request.is_task or not request.llm:
+        if request.is_task or not request.llm or request.cache == "hit":
             return
         for use in (
             self._total,
@@ -300,7 +325,7 @@ class Metrics:
                 llms={name: calls.value() for name, calls in self._calls.items()},
             ),
             use=self._use(),
-            gateway=self._served.value(),
+            gateway=self._served.value(self._cache()),
         )
 
     def encode(self) -> bytes:
@@ -496,6 +521,7 @@ class _Gateway:
         self._durations: dict[str, _Reservoir] = {}
         self._first_tokens: dict[str, _Reservoir] = {}
         self._overhead = _Reservoir()
+        self._hits = self._misses = self._tokens_saved = 0
 
     def add(self, request: Served) -> None:
         key = (request.surface, request.tier, request.llm, request.status)
@@ -510,8 +536,11 @@ class _Gateway:
             _of(self._first_tokens, request.surface, _Reservoir).add(request.time_to_first_token_ms)
         if request.overhead_ms is not None:
             self._overhead.add(request.overhead_ms)
+        self._hits += request.cache == "hit"
+        self._misses += request.cache == "miss"
+        self._tokens_saved += request.saved_tokens
 
-    def value(self) -> GatewayMetrics:
+    def value(self, cache: CacheState) -> GatewayMetrics:
         return GatewayMetrics(
             requests=tuple(
                 ServedCount(
@@ -530,6 +559,13 @@ class _Gateway:
             duration_ms={name: samples.value() for name, samples in self._durations.items()},
             time_to_first_token_ms={name: samples.value() for name, samples in self._first_tokens.items()},
             overhead_ms=self._overhead.value(),
+            cache=CacheMetrics(
+                answers=cache.answers,
+                size_bytes=cache.size_bytes,
+                hits=self._hits,
+                misses=self._misses,
+                tokens_saved=self._tokens_saved,
+            ),
         )
 
 
@@ -700,6 +736,19 @@ def _gateway_families(gateway: GatewayMetrics) -> Iterator[Metric]:
         ),
     ):
         yield _summary(name, text, "surface", 1000, list(table.items()))
+    cache = gateway.cache
+    yield _gauge("gateway_cache_answers", "Answers that the exact cache holds.", (), [((), cache.answers)])
+    yield _gauge("gateway_cache_bytes", "What they take.", (), [((), cache.size_bytes)])
+    for name, text, count in (
+        ("gateway_cache_hits", "Answers that no LLM was asked for.", cache.hits),
+        (
+            "gateway_cache_misses",
+            "Answers that an LLM was asked for, though the cache was wanted.",
+            cache.misses,
+        ),
+        ("gateway_cache_saved_tokens", "Tokens that hits would have taken.", cache.tokens_saved),
+    ):
+        yield _counter(name, text, (), [((), count)])
 
 
 def _gauge(

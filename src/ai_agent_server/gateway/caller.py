@@ -7,9 +7,11 @@ import msgspec
 from ai_agent_server.config.settings import KeyScope
 from ai_agent_server.core.chat import ChatRequest, ChatUsage, Privacy, Tier
 
-__all__ = ("ALL_SCOPES", "Accounts", "Caller", "Hold", "Priority", "caller_of")
+__all__ = ("ALL_SCOPES", "Accounts", "CacheUse", "Caller", "Hold", "Priority", "caller_of")
 
 Priority = Literal["interactive", "batch", "background"]
+CacheUse = Literal["off", "use", "refresh"]
+"""`refresh`: ask an LLM whatever is kept, and keep the new answer in its place."""
 ALL_SCOPES: frozenset[KeyScope] = frozenset({"chat", "tools", "tasks", "admin", "metrics"})
 
 
@@ -30,6 +32,8 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     priority: Priority = "interactive"
     prefer: tuple[str, ...] = ()
     """The project's LLMs in order of preference."""
+    cache: CacheUse = "off"
+    """What the request's header says; else the key, else the configuration."""
 
 
 class Hold(Protocol):

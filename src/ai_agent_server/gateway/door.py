@@ -20,12 +20,13 @@ from ai_agent_server.durable import translated, write_whole
 from ai_agent_server.errors import (
     ConfigurationError,
     ForeignPageError,
+    InvalidPacketError,
     KeyNeededError,
     LimitExceededError,
     ScopeError,
     StoreError,
 )
-from ai_agent_server.gateway.caller import ALL_SCOPES, Caller, Hold, Priority
+from ai_agent_server.gateway.caller import ALL_SCOPES, CacheUse, Caller, Hold, Priority
 from ai_agent_server.gateway.keys import KeptKey, Key, KeyRing, key_ring, keys_path, read_kept
 from ai_agent_server.gateway.limits import (
     Amounts,
@@ -67,9 +68,19 @@ _SCOPES_BY_PATH: Final[tuple[tuple[str, KeyScope], ...]] = (
 )
 _COUNTED_SCOPES: Final = frozenset({"chat", "tools", "tasks"})
 _READ: Final = frozenset(
-    {b"authorization", b"x-api-key", b"origin", b"host", b"x-project", b"x-privacy", b"x-priority"}
+    {
+        b"authorization",
+        b"x-api-key",
+        b"origin",
+        b"host",
+        b"x-project",
+        b"x-privacy",
+        b"x-priority",
+        b"x-cache",
+    }
 )
 _PRIORITIES: Final[dict[str, Priority]] = {priority: priority for priority in get_args(Priority)}
+_CACHE_USES: Final[dict[str, CacheUse]] = {use: use for use in get_args(CacheUse)}
 _WORDS: Final = {
     "requests": "requests",
     "tokens": "tokens",
@@ -321,8 +332,20 @@ class Door:
             priority=_PRIORITIES.get(
                 headers.get(b"x-priority", b"").decode("latin-1").strip().lower(), "interactive"
             ),
+            cache=self._cache_use(key, headers.get(b"x-cache")),
         )
         return self._in_project(caller, project) if project else caller
+
+    def _cache_use(self, key: Key | None, header: bytes | None) -> CacheUse:
+        if header is not None:
+            use = _CACHE_USES.get(header.decode("latin-1").strip().lower())
+            if use is None:
+                raise InvalidPacketError(
+                    "no such use of the cache", pointer="X-Cache", choices=tuple(_CACHE_USES)
+                )
+            return use
+        wanted = key.rights.cache if key is not None else None
+        return "use" if (self._settings.gateway.cache.by_default if wanted is None else wanted) else "off"
 
     def _in_project(self, caller: Caller, name: str) -> Caller:
         privacy, prefer, _ = self._access.by_project.get(name, (caller.privacy, (), ()))

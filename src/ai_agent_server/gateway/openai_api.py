@@ -23,7 +23,7 @@ from ai_agent_server.gateway import _openai_chat as wire
 from ai_agent_server.gateway._asking import NO_LONGER_READ, tier_named
 from ai_agent_server.gateway._errors import openai_body, openai_refusals, wire_error
 from ai_agent_server.gateway._lane import Guard, JsonAnswer, Lane
-from ai_agent_server.gateway.caller import caller_of
+from ai_agent_server.gateway.caller import CacheUse, caller_of
 from ai_agent_server.gateway.serving import KeepAlive, ListedModel, Opened, Serving
 
 __all__ = ("ModelCard", "ModelList", "OpenAIRoutes", "operations")
@@ -200,6 +200,12 @@ def operations() -> tuple[Operation, ...]:
                 Header("X-Tier", "Which LLMs should serve.", {"enum": list(get_args(Tier))}, example="main"),
                 Header("X-Privacy", "`local`: it does not leave this machine.", text, example="local"),
                 Header("X-Project", "The project that it is counted with.", text, example="shop"),
+                Header(
+                    "X-Cache",
+                    "Whether the exact cache may answer; `refresh` asks an LLM and keeps what it says.",
+                    {"enum": list(get_args(CacheUse))},
+                    example="use",
+                ),
             ),
             body=wire.ChatCompletionRequest,
             body_example={"model": "auto", "messages": [{"role": "user", "content": "Name a colour."}]},
@@ -217,6 +223,13 @@ def operations() -> tuple[Operation, ...]:
                         Header("X-Tier", "The tier that it was served as.", text, example="small"),
                         Header("X-Routing-Reason", "Why that LLM.", text, example="embedded: best of 2"),
                         Header("X-Overhead-Ms", "The server's own part of the wait.", text, example="0.61"),
+                        Header(
+                            "X-Cache",
+                            "Where the cache was to be used: whether no LLM was asked for this answer; "
+                            "`Age` is then its age in seconds.",
+                            {"enum": ["hit", "miss"]},
+                            example="miss",
+                        ),
                     ),
                 ),
             ),

@@ -22,6 +22,7 @@ from ai_agent_server.errors import (
 from ai_agent_server.gateway import _role_chat
 from ai_agent_server.gateway._errors import wire_error
 from ai_agent_server.gateway._pump import Pump
+from ai_agent_server.gateway.answer_cache import AnswerCache, Reading
 from ai_agent_server.gateway.caller import Accounts, Caller, Hold
 from ai_agent_server.gateway.tiers import TierChoice, choose
 from ai_agent_server.llm_engines.base import JoinedStream
@@ -88,6 +89,7 @@ class Serving:
         balancer: Balancer,
         orchestration: Orchestration,
         accounts: Accounts,
+        cache: AnswerCache,
         settings: Callable[[], Settings],
         observe: Callable[[Served], None],
         price: Callable[[str, ChatUsage], float],
@@ -96,7 +98,7 @@ class Serving:
     ) -> None:
         """`clock` is monotonic, in seconds; `price` answers US dollars for the usage of an LLM."""
         self._llm, self._balancer, self._orchestration = llm, balancer, orchestration
-        self._accounts, self._settings = accounts, settings
+        self._accounts, self._cache, self._settings = accounts, cache, settings
         self._observe, self._price, self._clock, self._new_id = observe, price, clock, new_id
 
     def models(self, caller: Caller | None = None) -> tuple[ListedModel, ...]:
@@ -247,9 +249,12 @@ class Serving:
             clock=self._clock,
             limits=self._accounts.headers,
         )
+        if route.kind != "role":
+            exchange.reading = self._cache.reading(exchange.request, caller)
+        is_kept = exchange.reading is not None and exchange.reading.is_kept
         exchange.hold = self._accounts.reserve(
             caller,
-            tokens=input_tokens + (choice.max_tokens or estimate.OUTPUT_TOKENS),
+            tokens=0 if is_kept else input_tokens + (choice.max_tokens or estimate.OUTPUT_TOKENS),
             tier=choice.tier,
         )
         return exchange
@@ -257,13 +262,8 @@ class Serving:
     async def _counted(self, exchange: "Exchange") -> AsyncGenerator[ChatDelta, None]:
         """The answer's deltas; however it ends, it is charged and told to the metrics."""
         status, shown = "left", False
-        source = (
-            self._task(exchange)
-            if exchange.route.kind == "role"
-            else self._llm.stream(exchange.request, sent=exchange.sent)
-        )
         try:
-            async with aclosing(source) as deltas:
+            async with aclosing(self._source(exchange)) as deltas:
                 async for delta in deltas:
                     exchange.add(delta)
                     shown = True
@@ -284,6 +284,15 @@ class Serving:
         finally:
             self._settle(exchange, status)
 
+    def _source(self, exchange: "Exchange") -> AsyncGenerator[ChatDelta, None]:
+        if exchange.route.kind == "role":
+            return self._task(exchange)
+        if exchange.reading is not None:
+            return exchange.reading.stream(
+                lambda sent: self._llm.stream(exchange.request, sent=sent), sent=exchange.sent
+            )
+        return self._llm.stream(exchange.request, sent=exchange.sent)
+
     def _task(self, exchange: "Exchange") -> AsyncGenerator[ChatDelta, None]:
         profile_name, _, role_name = exchange.route.model.partition("/")
         profile = self._settings().profiles[profile_name]
@@ -300,16 +309,19 @@ class Serving:
         if status == "left":
             exchange.leave()
         joined, ended_s = exchange.joined, self._clock()
-        usage = exchange.usage()
+        told = exchange.usage()
+        # What another request paid for, or one before, is told as it was and costs nothing.
+        usage = told if exchange.pays else ChatUsage()
         cost_usd = self._price(joined.llm, usage) if joined.llm else exchange.task_cost_usd
         self._accounts.charge(
             exchange.caller,
             usage,
             llm=joined.llm,
-            gpu_s=exchange.slot_s(ended_s),
+            gpu_s=exchange.slot_s(ended_s) if exchange.pays else 0.0,
             cost_usd=cost_usd,
             hold=exchange.hold,
         )
+        is_hit = exchange.reading is not None and not exchange.pays
         self._observe(
             Served(
                 surface=exchange.surface,
@@ -321,6 +333,8 @@ class Serving:
                 output_tokens=usage.output_tokens,
                 cost_usd=cost_usd,
                 is_task=exchange.route.kind == "role",
+                cache="" if exchange.reading is None else "hit" if is_hit else "miss",
+                saved_tokens=told.input_tokens + told.output_tokens if is_hit and status == "ok" else 0,
                 duration_ms=1000 * (ended_s - exchange.started_s),
                 time_to_first_token_ms=exchange.first_token_ms(),
                 overhead_ms=exchange.overhead_ms(),
@@ -350,6 +364,8 @@ class Exchange:
         self.caller, self.request, self.input_tokens = caller, request, input_tokens
         self.started_s, self.idempotency_key = started_s, idempotency_key
         self.hold: Hold | None = None
+        self.reading: Reading | None = None
+        """Its way through the cache, where it takes one."""
         self.joined = JoinedStream()
         self.task_id = ""
         self.task_cost_usd = 0.0
@@ -374,6 +390,11 @@ class Exchange:
         if self._first_s is None and self._sent_to is not None:
             self.joined.llm, self.joined.source = self._sent_to
             self.joined.usage = ChatUsage(input_tokens=self.input_tokens)
+
+    @property
+    def pays(self) -> bool:
+        """Whether an LLM worked for this request. To be asked at its end."""
+        return self.reading is None or self.reading.pays
 
     def add(self, delta: ChatDelta) -> None:
         """The next piece of the answer."""
@@ -433,6 +454,10 @@ class Exchange:
             headers["X-Overhead-Ms"] = f"{overhead_ms:.2f}"
         if self.task_id:
             headers["X-Task-Id"] = self.task_id
+        if self.reading is not None:
+            headers["X-Cache"] = self.reading.outcome
+            if self.reading.outcome == "hit":
+                headers["Age"] = str(int(self.reading.age_s))
         headers.update(self._limits(self.caller))
         return headers
 

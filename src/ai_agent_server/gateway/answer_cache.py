@@ -1,0 +1,305 @@
+"""The exact cache: the same question gets the answer that was given before, and one asks for many."""
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from contextlib import aclosing
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from ai_agent_server.config.settings import Settings
+from ai_agent_server.core.chat import (
+    ChatDelta,
+    ChatReply,
+    ChatRequest,
+    Decision,
+    RouteHints,
+    ToolCallDelta,
+    Urgency,
+)
+from ai_agent_server.core.metrics import CacheState
+from ai_agent_server.gateway.caller import Caller
+from ai_agent_server.llm_engines.base import JoinedStream
+from ai_agent_server.load_balancer.base import Sent, Source
+
+__all__ = ("AnswerCache", "Reading")
+
+ENTRY_BYTES = 512
+"""What an answer takes beside its own text: the tables' places and the objects around it."""
+OUT_FOR_NOW = frozenset({"LB-8 tried", "LB-9 circuit"})
+
+Ask: TypeAlias = Callable[[Sent], AsyncGenerator[ChatDelta, None]]
+_Question: TypeAlias = tuple[bytes, Urgency]
+
+
+class _Kept(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A `ChatReply` as JSON: its size is known, and it holds no objects."""
+
+    reply: bytes
+    llm: str
+    stored_s: float
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.reply) + ENTRY_BYTES
+
+
+class AnswerCache:
+    """The answers, in memory, the least lately used given up first; and the questions under way.
+
+    Equal are two requests of the same key and project (`gateway.cache.shared`: of anyone) that bring the
+    same question to the balancer: messages, tools, schema, sampling, bounds, and which LLMs may serve.
+    """
+
+    def __init__(self, *, settings: Callable[[], Settings], clock: Callable[[], float]) -> None:
+        """`clock` is monotonic, in seconds."""
+        self._settings, self._clock = settings, clock
+        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._kept_bytes = 0
+        self._flights: dict[_Question, _Flight] = {}
+
+    def reading(self, request: ChatRequest, caller: Caller) -> "Reading | None":
+        """A reader of the answer to `request`; None where `caller` wants no cache, or there is none."""
+        settings = self._settings().gateway.cache
+        if caller.cache == "off" or not settings.max_mb:
+            return None
+        digest = _digest(request, () if settings.shared else (caller.key, caller.project))
+        kept = self._find(digest) if caller.cache == "use" else None
+        return Reading(
+            self,
+            question=(digest, request.route.urgency),
+            hints=request.route,
+            kept=kept,
+            age_s=self._clock() - kept.stored_s if kept is not None else 0.0,
+            may_join=caller.cache == "use",
+        )
+
+    def state(self) -> CacheState:
+        """What is kept now."""
+        return CacheState(answers=len(self._kept), size_bytes=self._kept_bytes)
+
+    def forget(self, llms: Collection[str]) -> None:
+        """Give up what these LLMs answered, whatever is under way, and what is beyond the bounds."""
+        for digest in [digest for digest, kept in self._kept.items() if kept.llm in llms]:
+            self._drop(digest)
+        if llms:
+            self._flights.clear()
+        self._make_room()
+
+    def flight(self, reading: "Reading", ask: Ask) -> "_Flight":
+        """The question under way that `reading` may join, or a new one."""
+        found = self._flights.get(reading.question) if reading.may_join else None
+        if found is None:
+            found = self._flights[reading.question] = _Flight(
+                ask, landed=lambda flight, reply: self._landed(reading, flight, reply)
+            )
+            reading.outcome = "miss"
+        return found
+
+    def _landed(self, asked: "Reading", flight: "_Flight", reply: ChatReply | None) -> None:
+        if self._flights.get(asked.question) is not flight:
+            # A reload or a refresh came between: this answer is not the newest there is.
+            return
+        del self._flights[asked.question]
+        if reply is not None and _is_worth_keeping(reply) and not self._is_stand_in(reply, asked.hints):
+            self._keep(asked.question[0], reply)
+
+    def _is_stand_in(self, reply: ChatReply, hints: RouteHints) -> bool:
+        """Whether another LLM than usual answered: it would go on standing in after the usual one is back."""
+        if hints.llm is not None:
+            return reply.llm != hints.llm
+        llms = self._settings().llms
+
+        def is_wanted(name: str) -> bool:
+            return name in llms and llms[name].tier == hints.tier
+
+        candidates = reply.decision.candidates if reply.decision is not None else ()
+        return not is_wanted(reply.llm) and any(
+            is_wanted(candidate.llm) and candidate.refused_by in OUT_FOR_NOW for candidate in candidates
+        )
+
+    def _find(self, digest: bytes) -> _Kept | None:
+        kept = self._kept.get(digest)
+        if kept is None:
+            return None
+        if self._clock() - kept.stored_s >= self._settings().gateway.cache.ttl_s:
+            self._drop(digest)
+            return None
+        self._kept.move_to_end(digest)
+        return kept
+
+    def _keep(self, digest: bytes, reply: ChatReply) -> None:
+        self._drop(digest)
+        kept = _Kept(
+            reply=msgspec.json.encode(msgspec.structs.replace(reply, decision=None)),
+            llm=reply.llm,
+            stored_s=self._clock(),
+        )
+        self._kept[digest] = kept
+        self._kept_bytes += kept.size_bytes
+        self._make_room()
+
+    def _drop(self, digest: bytes) -> None:
+        kept = self._kept.pop(digest, None)
+        if kept is not None:
+            self._kept_bytes -= kept.size_bytes
+
+    def _make_room(self) -> None:
+        bounds = self._settings().gateway.cache
+        while self._kept_bytes > bounds.max_mb * 2**20 or len(self._kept) > bounds.max_answers:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_bytes -= oldest.size_bytes
+
+
+class Reading:
+    """One request's way to its answer: from what is kept, with others who asked the same, or by asking."""
+
+    def __init__(
+        self,
+        cache: AnswerCache,
+        *,
+        question: _Question,
+        hints: RouteHints,
+        kept: _Kept | None,
+        age_s: float,
+        may_join: bool,
+    ) -> None:
+        self.question, self.hints, self.may_join = question, hints, may_join
+        self.age_s = age_s
+        """For how long the answer had been kept."""
+        self.outcome: Literal["hit", "miss"] = "hit"
+        """`miss`: it is this request that asked an LLM. Known once the stream has begun."""
+        self.pays = False
+        """Whether the LLM's work is this request's. Known at the end: one who leaves lets another pay."""
+        self._cache, self._kept = cache, kept
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether no LLM will be asked."""
+        return self._kept is not None
+
+    async def stream(self, ask: Ask, sent: Sent) -> AsyncGenerator[ChatDelta, None]:
+        """The answer. `ask` is called where nobody has asked yet, and closed when its last reader leaves.
+
+        `sent` is told which LLM's engine has the question, as soon as one has it.
+        """
+        if self._kept is not None:
+            for delta in _again(msgspec.json.decode(self._kept.reply, type=ChatReply)):
+                yield delta
+            return
+        flight = self._cache.flight(self, ask)
+        async with aclosing(flight.read(self, sent)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+
+class _Flight:
+    """A question that an LLM is answering, and its readers. It ends with its answer or its last reader."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        *,
+        landed: Callable[["_Flight", ChatReply | None], None],
+    ) -> None:
+        self._landed = landed
+        # All of it, for whoever joins late; an LLM's context bounds it.
+        self._deltas: list[ChatDelta] = []
+        self._readers: dict[Reading, Sent] = {}
+        self._sent_to: tuple[str, Source] | None = None
+        self._payer: Reading | None = None
+        self._news = asyncio.Event()
+        self._task = asyncio.create_task(self._run(ask(self._sent)), name="answer-for-all")
+        self._task.add_done_callback(lambda _: self._tell())
+
+    async def read(self, reading: Reading, sent: Sent) -> AsyncGenerator[ChatDelta, None]:
+        """Everything from the beginning. Raises what the LLM's engine raises."""
+        self._readers[reading] = sent
+        if self._sent_to is not None:
+            sent(*self._sent_to)
+        read = 0
+        try:
+            while True:
+                news = self._news
+                while read < len(self._deltas):
+                    read += 1
+                    yield self._deltas[read - 1]
+                if not self._task.done():
+                    await news.wait()
+                elif read == len(self._deltas):
+                    self._task.result()
+                    return
+        finally:
+            await self._leave(reading)
+
+    async def _leave(self, reading: Reading) -> None:
+        del self._readers[reading]
+        is_last = not self._readers
+        reading.pays = self._payer is reading or (self._payer is None and is_last)
+        if is_last:
+            self._landed(self, None)  # before anything is awaited: nobody may join what is being ended
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+            if not self._task.cancelled():
+                self._task.exception()  # told to those who read; who left need not know of it
+
+    async def _run(self, source: AsyncGenerator[ChatDelta, None]) -> None:
+        joined, reply = JoinedStream(), None
+        try:
+            async with aclosing(source) as deltas:
+                async for delta in deltas:
+                    joined.add(delta)
+                    self._deltas.append(delta)
+                    self._tell()
+            reply = joined.reply()
+        finally:
+            self._payer = next(iter(self._readers), None)
+            self._landed(self, reply)
+
+    def _sent(self, llm: str, source: Source) -> None:
+        self._sent_to = llm, source
+        for sent in self._readers.values():
+            sent(llm, source)
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+
+def _digest(request: ChatRequest, whose: tuple[str, ...]) -> bytes:
+    """What two questions have in common whose answers may stand for each other.
+
+    The order of a schema's keys counts: it is the order in which an answer that obeys it has them. Not
+    what only says when the answer comes: urgency, and whose turn it is.
+    """
+    hints = msgspec.structs.replace(request.route, urgency="interactive", key="")
+    question = msgspec.structs.replace(request, route=hints)
+    return hashlib.sha256(msgspec.json.encode((whose, question))).digest()
+
+
+def _is_worth_keeping(reply: ChatReply) -> bool:
+    return reply.finish_reason != "content_filter" and bool(reply.text or reply.tool_calls)
+
+
+def _again(reply: ChatReply) -> Iterator[ChatDelta]:
+    """The deltas of an answer that was kept, the first with what the balancer says of it."""
+    decision = Decision(chosen=reply.llm, reason=f"from the cache: {reply.llm} said it", strategy="cache")
+    last = ChatDelta(
+        tool_calls=tuple(
+            ToolCallDelta(index=index, id=call.id, name=call.name, arguments=call.arguments)
+            for index, call in enumerate(reply.tool_calls)
+        ),
+        finish_reason=reply.finish_reason,
+        usage=reply.usage,
+    )
+    deltas = [
+        *([ChatDelta(reasoning=reply.reasoning)] if reply.reasoning else []),
+        *([ChatDelta(text=reply.text)] if reply.text else []),
+        last,
+    ]
+    yield msgspec.structs.replace(
+        deltas[0], model=reply.model, llm=reply.llm, source=reply.source, decision=decision
+    )
+    yield from deltas[1:]
