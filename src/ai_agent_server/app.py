@@ -284,6 +284,7 @@ async def running(
             store=store,
             leases=Alone(),
             llm=balancer,
+            senders=door,
             sandbox=sandbox,
             clock=_now,
             new_id=_new_id,
@@ -308,7 +309,6 @@ async def running(
             cache=cache.state,
         )
         engine.observe(metrics.observe)
-        engine.observe(door.observe)
         handler = McpHandler(
             engine,
             channel,

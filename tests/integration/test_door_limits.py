@@ -204,27 +204,27 @@ async def test_a_file_of_counters_that_is_broken_is_told_and_begun_again(tmp_pat
 
 
 async def test_what_a_task_uses_is_charged_to_the_key_that_sent_it(tmp_path: Path) -> None:
-    async with server(tmp_path, laptop=[{**HOUR, "tokens": 1000}]) as (_, http):
+    async with server(tmp_path, laptop=[{**HOUR, "tokens": 5000}]) as (_, http):
         task = await http.post(REWRITE, json=TASK, params={"wait": 20}, headers=shows(LAPTOP))
         usage = task.json()["usage"]
         spent = usage["input_tokens"] + usage["output_tokens"]
         mine, other = await say(http), await say(http, PHONE)
     assert task.json()["history"][0]["sender"] == {"key": "laptop"}
     chatted = mine.json()["usage"]["total_tokens"]
-    assert int(mine.headers["x-ratelimit-remaining-tokens"]) <= 1000 - spent
+    assert int(mine.headers["x-ratelimit-remaining-tokens"]) <= 5000 - spent
     assert spent > 0
-    assert int(other.headers["x-ratelimit-remaining-tokens"]) > 1000 - spent - chatted
+    assert int(other.headers["x-ratelimit-remaining-tokens"]) > 5000 - spent - chatted
 
 
 async def test_a_role_asked_as_a_chat_is_charged_once(tmp_path: Path) -> None:
-    async with server(tmp_path, laptop=[{**HOUR, "tokens": 1000, "requests": 5}]) as (_, http):
+    async with server(tmp_path, laptop=[{**HOUR, "tokens": 5000, "requests": 5}]) as (_, http):
         body = chat(json.dumps(TASK["payload"]), model="productivity/rewrite")
         role = await http.post("/v1/chat/completions", json=body, headers=shows(LAPTOP))
         used = role.json()["usage"]["total_tokens"]
-        refused = await http.post("/v1/chat/completions", json=chat("x " * 5000), headers=shows(LAPTOP))
+        refused = await http.post("/v1/chat/completions", json=chat("x " * 50_000), headers=shows(LAPTOP))
     assert role.status_code == 200
     assert used > 0
-    assert refused.headers["x-ratelimit-remaining-tokens"] == str(1000 - used)
+    assert refused.headers["x-ratelimit-remaining-tokens"] == str(5000 - used)
     assert refused.headers["x-ratelimit-remaining-requests"] == "3"
 
 

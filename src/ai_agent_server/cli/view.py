@@ -283,6 +283,8 @@ def what_next(packet: TaskPacket, called: Caller) -> tuple[str, ...]:
         case "budget_calls" | "budget_tokens" | "budget_wall" | "budget_cost":
             help_page = called.command("run", "--help", asks_server=False)
             return (f"raise the limit that was met ({packet.reason}): {help_page}",)
+        case "budget_sender" | "sender_refused":
+            return (f"{called.command('keys', asks_server=False)}   # what each key may do, and use",)
         case "poison" | "internal":
             return (f"{called.command('tasks', 'show', me, '--json')}   # its whole history",)
     if packet.status is TaskStatus.INPUT_REQUIRED:

@@ -55,7 +55,6 @@ from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
     FeedbackDraft,
     Progress,
-    Sender,
     StepFinished,
     TaskDraft,
     TaskPacket,
@@ -182,7 +181,7 @@ class TaskRoutes:
     def handlers(self) -> list[HTTPRouteHandler]:
         """The routes."""
         return [
-            post("/api/v1/{profile:str}/{role:str}", opt={"chooses_llms": True})(self.submit),
+            post("/api/v1/{profile:str}/{role:str}")(self.submit),
             get("/api/v1/tasks")(self.list),
             get("/api/v1/tasks/{task_id:str}")(self.read),
             delete("/api/v1/tasks/{task_id:str}", status_code=204)(self.delete),
@@ -205,7 +204,7 @@ class TaskRoutes:
             draft, profile=profile, role=role, privacy="local" if is_local else draft.privacy
         )
         packet, is_new = await self._engine.submit(
-            draft, via="rest", idempotency_key=key, sender=_sender(request)
+            draft, via="rest", idempotency_key=key, sender=_caller(request).sender
         )
 
         preferred = _preferred_wait_s(request)
@@ -494,13 +493,6 @@ def _idempotency_key(request: AnyRequest) -> str | None:
 def _caller(request: AnyRequest) -> Any:
     """Who calls, as the guard has found."""
     return request.scope["state"]["caller"]
-
-
-def _sender(request: AnyRequest) -> Sender | None:
-    """Under which names the work is counted, None where there is none."""
-    caller = _caller(request)
-    sender = Sender(key=caller.key, project=caller.project)
-    return sender if sender != Sender() else None
 
 
 def _asks_for_local(request: AnyRequest) -> bool:

@@ -7,7 +7,16 @@ from contextlib import aclosing
 import msgspec
 
 from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, Privacy, RouteHints
-from ai_agent_server.core.task_packet import Limits, LLMCall, Progress, TaskPacket, Usage
+from ai_agent_server.core.ports import Grant, Senders
+from ai_agent_server.core.task_packet import (
+    Limits,
+    LLMCall,
+    Progress,
+    Sender,
+    Submitted,
+    TaskPacket,
+    Usage,
+)
 from ai_agent_server.errors import AgentServerError, EngineProtocolError
 from ai_agent_server.llm_engines.base import JoinedStream, LLMEngine
 from ai_agent_server.load_balancer.estimate import input_tokens
@@ -40,8 +49,29 @@ def spent(usage: Usage, limits: Limits) -> str | None:
     return None
 
 
+def _sender(packet: TaskPacket) -> Sender:
+    submitted = next((event for event in packet.history[:1] if isinstance(event, Submitted)), None)
+    return (submitted.sender if submitted is not None else None) or Sender()
+
+
 def _chars(delta: ChatDelta) -> int:
     return len(delta.text) + len(delta.reasoning) + sum(len(call.arguments) for call in delta.tool_calls)
+
+
+class Anybody:
+    """Senders who are bound by nothing but their tasks' own limits."""
+
+    def admit(self, sender: Sender, hints: RouteHints, *, tokens: int) -> Grant:  # noqa: ARG002
+        """See `Senders.admit`."""
+        return _Unbound(hints)
+
+
+class _Unbound:
+    def __init__(self, hints: RouteHints) -> None:
+        self.hints = hints
+
+    def charge(self, call: LLMCall | None) -> None:
+        """Nobody counts it."""
 
 
 class Exchange:
@@ -57,6 +87,7 @@ class Exchange:
         privacy: Privacy,
         max_tokens: int,
         llm: LLMEngine,
+        senders: Senders,
         price: Callable[[str, ChatUsage], float],
         monotonic: Callable[[], float],
         tell: Callable[[Progress], None],
@@ -64,11 +95,12 @@ class Exchange:
         self._packet, self._step, self._role = packet, step, role
         self._hints, self._privacy, self._max_tokens = hints, privacy, max_tokens
         self._llm, self._price, self._monotonic, self._tell = llm, price, monotonic, tell
+        self._senders = senders
         self._used = False
         self.call: LLMCall | None = None
 
     async def chat(self, request: ChatRequest) -> ChatReply:
-        """Ask an LLM. Raises `BudgetSpentError`, `NoLLMError` and `EngineError` children."""
+        """Ask an LLM. Raises `BudgetSpentError`, `AccessError`s, `NoLLMError` and `EngineError` children."""
         if self._used:
             raise RuntimeError("an agent may talk to an LLM once a step")
         self._used = True
@@ -80,6 +112,8 @@ class Exchange:
         joined = JoinedStream()
         began = self._monotonic()
         first_token_s, told_s, pieces, chars = 0.0, 0.0, 0, 0
+        grant = self._senders.admit(_sender(self._packet), request.route, tokens=prompt_tokens + max_tokens)
+        request = msgspec.structs.replace(request, route=grant.hints)
         try:
             async with aclosing(self._llm.stream(request)) as deltas:
                 async for delta in deltas:
@@ -108,6 +142,7 @@ class Exchange:
                     first_token_s,
                     self._monotonic() - began,
                 )
+            grant.charge(self.call)
         reply = joined.reply(
             time_to_first_token_ms=first_token_s * 1000, duration_ms=(self._monotonic() - began) * 1000
         )

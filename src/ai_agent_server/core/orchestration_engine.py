@@ -16,7 +16,7 @@ import structlog
 from ai_agent_server.agents.base import Agent, AgentContext, Outcome, RoleSpec
 from ai_agent_server.cluster.base import Leases
 from ai_agent_server.core.chat import ChatUsage, JSONObject, Privacy, RouteHints
-from ai_agent_server.core.exchange import BudgetSpentError, Exchange
+from ai_agent_server.core.exchange import Anybody, BudgetSpentError, Exchange
 from ai_agent_server.core.intake import (
     PayloadCheck,
     check_feedback,
@@ -37,7 +37,7 @@ from ai_agent_server.core.next_step import (
     next_action,
     result,
 )
-from ai_agent_server.core.ports import EngineStatus, EventListener
+from ai_agent_server.core.ports import EngineStatus, EventListener, Senders
 from ai_agent_server.core.readers import Readers
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
@@ -67,12 +67,14 @@ from ai_agent_server.core.task_packet import (
 from ai_agent_server.core.transitions import fold
 from ai_agent_server.core.workflow import Workflow
 from ai_agent_server.errors import (
+    AccessError,
     AgentServerError,
     EngineError,
     IntakeFullError,
     InvalidOutputError,
     InvalidPacketError,
     InvalidTransitionError,
+    LimitExceededError,
     NoLLMError,
     SandboxError,
     ShuttingDownError,
@@ -90,6 +92,8 @@ log = structlog.get_logger(__name__)
 RECONCILE_EVERY_S = 2.0
 CANCEL_S = 1.0
 """How long a step that was cut off may take to let go."""
+PUT_OFF_S = 120.0
+"""For so long a task waits, without a worker, until its sender may use an LLM again."""
 
 
 class Role(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +134,7 @@ class OrchestrationEngine:
         store: TaskStore,
         leases: Leases,
         llm: LLMEngine,
+        senders: Senders | None = None,
         sandbox: Sandbox,
         clock: Callable[[], datetime],
         new_id: Callable[[], str],
@@ -143,6 +148,7 @@ class OrchestrationEngine:
         self._store = store
         self._leases = leases
         self._llm = llm
+        self._senders = senders or Anybody()
         self._sandbox = sandbox
         self._clock = clock
         self._new_id = new_id
@@ -224,6 +230,9 @@ class OrchestrationEngine:
         """See `Orchestration.submit`."""
         if not self._accepting:
             raise ShuttingDownError
+        if idempotency_key is not None and sender is not None and sender.key:
+            # Two who happen on the same key must not get each other's tasks.
+            idempotency_key = f"{sender.key}/{idempotency_key}"
         packet = self._packet(draft, idempotency_key)
         in_use = len(self._live) + self._reserved
         if in_use >= self._max_live:
@@ -519,11 +528,20 @@ class OrchestrationEngine:
                 raise
             if not isinstance(action, RunStep) or self._draining:
                 return
-            finished = await self._step(packet, profile, action)
+            try:
+                finished = await self._step(packet, profile, action)
+            except LimitExceededError as exc:
+                self._put_off(packet.task_id, exc.retry_after_s or 0.0)
+                return
             if not self._accepting and finished.outcome in {"unavailable", "cut", "error"}:
                 # The engines are stopping with us; the next start takes the step up again.
                 return
             pending = (finished,)
+
+    def _put_off(self, task_id: str, wait_s: float) -> None:
+        """Leave the task as a crash would, until its sender may use an LLM again; others get the worker."""
+        self._waiting_until[task_id] = self._clock() + timedelta(seconds=wait_s)
+        log.info("task.put_off", wait_s=round(wait_s, 3))
 
     def _taken_up(self, packet: TaskPacket) -> tuple[TaskEvent, ...]:
         """What is to be recorded before the first decision: who works on it, what was not written."""
@@ -572,6 +590,7 @@ class OrchestrationEngine:
         self._readers.tell(packet.task_id, news)
 
     async def _step(self, packet: TaskPacket, profile: Profile, action: RunStep) -> StepFinished:
+        """Run it. Raises `LimitExceededError` where its sender may soon use an LLM again."""
         role = profile.roles.get(action.role)
         began = self._monotonic()
         if role is None or role.agent is None:
@@ -586,6 +605,7 @@ class OrchestrationEngine:
             privacy=_privacy(packet, profile, role),
             max_tokens=role.spec.max_tokens,
             llm=self._llm,
+            senders=self._senders,
             price=self._price,
             monotonic=self._monotonic,
             tell=lambda progress: self._readers.tell(packet.task_id, (progress,)),
@@ -607,21 +627,12 @@ class OrchestrationEngine:
                     action, began, Outcome(verdict="canceled"), exchange.call
                 )
             raise
-        except BudgetSpentError as exc:
-            outcome = Outcome(verdict=exc.outcome)
-        except InvalidOutputError as exc:
-            outcome = _failure("invalid", exc)
-        except InvalidPacketError as exc:
-            outcome = _failure("rejected", exc)
-        except NoLLMError as exc:
-            outcome = _failure("unavailable", exc)
-        except EngineError as exc:
-            # Nobody outside saw the tokens that came before the cut, so the step can be had again.
-            outcome = _failure("cut" if exc.retry_safe else "unavailable", exc)
-        except SandboxError as exc:
-            outcome = _failure("no_sandbox", exc)
+        except LimitExceededError as exc:
+            if not exc.is_quota and (exc.retry_after_s or 0.0) <= PUT_OFF_S:
+                raise
+            outcome = _failure(exc)
         except AgentServerError as exc:
-            outcome = _failure("error", exc)
+            outcome = _failure(exc)
         except Exception as exc:
             # An agent's own fault ends its task, not the server.
             if isinstance(exc, TimeoutError) and bound.expired():
@@ -707,6 +718,27 @@ def _still_holds(event: TaskEvent, packet: TaskPacket) -> bool:
             return False
 
 
-def _failure(verdict: str, exc: AgentServerError) -> Outcome:
+def _failure(exc: AgentServerError) -> Outcome:
+    """What a step that raised `exc` ends with."""
+    match exc:
+        case BudgetSpentError():
+            return Outcome(verdict=exc.outcome)
+        case InvalidOutputError():
+            verdict = "invalid"
+        case InvalidPacketError():
+            verdict = "rejected"
+        case LimitExceededError():
+            verdict = "budget_sender"
+        case AccessError():
+            verdict = "refused"
+        case NoLLMError():
+            verdict = "unavailable"
+        case EngineError():
+            # Nobody outside saw the tokens that came before the cut, so the step can be had again.
+            verdict = "cut" if exc.retry_safe else "unavailable"
+        case SandboxError():
+            verdict = "no_sandbox"
+        case _:
+            verdict = "error"
     name = type(exc).__name__.removesuffix("Error")
     return Outcome(verdict=verdict, why=str(exc), error=ErrorDetail(code=name, message=str(exc)))

@@ -5,10 +5,11 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from ai_agent_server.core.chat import Decision
+from ai_agent_server.core.chat import Decision, RouteHints
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
     FeedbackDraft,
+    LLMCall,
     Progress,
     Sender,
     TaskDraft,
@@ -74,6 +75,30 @@ class Balancer(Protocol):
 
     async def set_toggle(self, name: str, on: bool) -> None:
         """Switch an LLM on or off, kept over a restart. Raises `UnknownLLMError`."""
+        ...
+
+
+class Grant(Protocol):
+    """A call of an LLM that a task may have."""
+
+    @property
+    def hints(self) -> RouteHints:
+        """What was wanted of the balancer, made as strict as the task's sender is bound."""
+        ...
+
+    def charge(self, call: LLMCall | None) -> None:
+        """Count what the call took, None: nothing. Once, however it ended."""
+        ...
+
+
+class Senders(Protocol):
+    """Those who send tasks: what the LLM calls of their tasks may use."""
+
+    def admit(self, sender: Sender, hints: RouteHints, *, tokens: int) -> Grant:
+        """Let a call in whose prompt and answer come to `tokens` at most.
+
+        Raises `LimitExceededError`, and `ScopeError` for a key that is gone or sends no tasks any more.
+        """
         ...
 
 

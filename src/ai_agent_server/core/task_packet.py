@@ -42,6 +42,8 @@ Reason = Literal[
     "budget_calls",
     "budget_wall",
     "budget_cost",
+    "budget_sender",
+    "sender_refused",
     "loop_detected",
     "no_progress",
     "max_debug",

@@ -21,6 +21,7 @@ from ai_agent_server.core.task_packet import (
     InputRequired,
     Progress,
     Recovered,
+    Sender,
     StepFinished,
     StepStarted,
     TaskDraft,
@@ -40,6 +41,7 @@ class RoleTask(msgspec.Struct, frozen=True, kw_only=True):
     schema: JSONObject | None
     """What the role's payload must be."""
     privacy: Privacy
+    sender: Sender | None = None
     idempotency_key: str | None = None
 
 
@@ -51,6 +53,7 @@ async def stream(
 ) -> AsyncGenerator[ChatDelta, None]:
     """Submit the task, tell its steps as reasoning and its result as text; closed early, it is cancelled.
 
+    One with an idempotency key goes on: whoever comes again with the key wants its result.
     `saw` is given the packet at its start and its end. A task that asks something back answers with
     the question, and ends: the next message of the conversation begins another. Raises what
     `Orchestration.submit` raises, `ShuttingDownError` when the server stops meanwhile, and `AgentError`
@@ -62,7 +65,9 @@ async def stream(
         role=task.role,
         privacy=task.privacy,
     )
-    packet, _ = await orchestration.submit(draft, via="rest", idempotency_key=task.idempotency_key)
+    packet, _ = await orchestration.submit(
+        draft, via="rest", idempotency_key=task.idempotency_key, sender=task.sender
+    )
     saw(packet)
     seq, question = 0, None
     try:
@@ -88,7 +93,8 @@ async def stream(
                 # Followers are ended at once from here on; the task goes on after the restart.
                 raise ShuttingDownError
     finally:
-        if not packet.status.is_final and orchestration.status().accepting:
+        is_awaited = task.idempotency_key is not None and question is None
+        if not packet.status.is_final and not is_awaited and orchestration.status().accepting:
             # Ended meanwhile, perhaps: then there is nothing to cancel.
             with suppress(TaskStateError):
                 packet = await orchestration.cancel(packet.task_id)

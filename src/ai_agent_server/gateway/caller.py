@@ -6,6 +6,7 @@ import msgspec
 
 from ai_agent_server.config.settings import KeyScope
 from ai_agent_server.core.chat import ChatRequest, ChatUsage, Privacy, Tier
+from ai_agent_server.core.task_packet import Sender
 
 __all__ = ("ALL_SCOPES", "Accounts", "CacheUse", "Caller", "Hold", "Priority", "caller_of")
 
@@ -21,7 +22,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     key: str = ""
     """The key's name, never the secret; empty on a server that asks for none."""
     address: str = ""
-    """The client's IP address."""
+    """The client's IP address; empty for a task's sender."""
     project: str = ""
     """A configured project; empty where none was named or found."""
     privacy: Privacy = "any"
@@ -34,6 +35,11 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """The project's LLMs in order of preference."""
     cache: CacheUse = "off"
     """What the request's header says; else the key, else the configuration."""
+
+    @property
+    def sender(self) -> Sender | None:
+        """Under which names his tasks are counted, None where there is none."""
+        return Sender(key=self.key, project=self.project) if self.key or self.project else None
 
 
 class Hold(Protocol):

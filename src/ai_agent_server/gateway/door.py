@@ -13,9 +13,9 @@ import structlog
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
-from ai_agent_server.config.settings import KeyScope, Settings
-from ai_agent_server.core.chat import ChatRequest, ChatUsage, Tier
-from ai_agent_server.core.task_packet import AnyTaskEvent, StepFinished, Submitted, TaskPacket
+from ai_agent_server.config.settings import KeyRights, KeyScope, Settings
+from ai_agent_server.core.chat import ChatRequest, ChatUsage, RouteHints, Tier
+from ai_agent_server.core.task_packet import LLMCall, Sender
 from ai_agent_server.durable import translated, write_whole
 from ai_agent_server.errors import (
     ConfigurationError,
@@ -42,14 +42,12 @@ from ai_agent_server.gateway.limits import (
 from ai_agent_server.gateway.projects import UNKNOWN, Projects
 from ai_agent_server.loopback import is_loopback_url
 
-__all__ = ("CHOOSES_LLMS", "COUNTED", "SCOPE", "Access", "Door", "access_for")
+__all__ = ("COUNTED", "SCOPE", "Access", "Door", "access_for")
 
 log = structlog.get_logger(__name__)
 
 SCOPE: Final = "scope"
 """A route's `opt` of this name says which scope it needs; else its path does."""
-CHOOSES_LLMS: Final = "chooses_llms"
-"""A route's `opt` of this name, True, is closed to a key that is for some LLMs only."""
 COUNTED: Final = "counted"
 """A route's `opt` of this name, False, keeps a POST from being counted as a request for work."""
 LOOK_S: Final = 1.0
@@ -100,6 +98,8 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     """What the door goes by: a configuration and the keys, made ready."""
 
     ring: KeyRing
+    rights: dict[str, KeyRights]
+    """By the key's name."""
     origins: frozenset[str]
     projects: Projects
     by_project: dict[str, tuple[str, tuple[str, ...], tuple[Share, ...]]]
@@ -118,12 +118,38 @@ class _Held:
         self.taken = taken
 
 
+class StepGrant:
+    """A call of an LLM for a task that somebody sent. See `Grant`."""
+
+    def __init__(
+        self, door: "Door", caller: Caller, hints: RouteHints, hold: Hold, *, is_in_tier: bool
+    ) -> None:
+        self.hints = hints
+        self._door, self._caller, self._hold, self._is_in_tier = door, caller, hold, is_in_tier
+
+    def charge(self, call: LLMCall | None) -> None:
+        """See `Grant.charge`."""
+        if call is None:
+            self._door.charge(self._caller, ChatUsage(), llm="", hold=self._hold)
+            return
+        usage = ChatUsage(input_tokens=call.input_tokens, output_tokens=call.output_tokens)
+        gpu_s = call.duration_ms / 1000 if call.source == "local" else 0.0
+        self._door.charge(
+            self._caller, usage, llm=call.llm, gpu_s=gpu_s, cost_usd=call.cost_usd, hold=self._hold
+        )
+        if not self._is_in_tier:
+            tokens = usage.input_tokens + usage.output_tokens
+            used = Amounts(requests=1, tokens=tokens, gpu_s=gpu_s, usd=call.cost_usd)
+            self._door.count_tier(self._caller, call.llm, used)
+
+
 def access_for(settings: Settings, environ: Mapping[str, str], kept: Mapping[str, KeptKey]) -> Access:
     """What the door goes by. Raises `ConfigurationError`."""
     ring = key_ring(settings, environ, kept)
     limits = settings.gateway.limits
     return Access(
         ring=ring,
+        rights={key.name: key.rights for key in ring},
         origins=frozenset(settings.gateway.cors),
         projects=Projects(settings.projects),
         by_project={
@@ -200,7 +226,7 @@ class Door:
         needed = handler.opt.get(SCOPE) or _scope_of(scope["path"])
         key = self._key(headers, is_public=is_public)
         client = scope.get("client")
-        caller = self._caller(key, client[0] if client else "", headers, scope["headers"])
+        caller = self._caller(key, client[0] if client else "unknown", headers, scope["headers"])
         scope["state"]["caller"] = caller
         if is_public:
             return
@@ -208,10 +234,6 @@ class Door:
             raise ScopeError(
                 f"the key {caller.key!r} is not for this: it needs the scope {needed!r} and has "
                 f"{', '.join(sorted(caller.scopes)) or 'none'}"
-            )
-        if caller.allowed_llms and handler.opt.get(CHOOSES_LLMS):
-            raise ScopeError(
-                f"the key {caller.key!r} is for some LLMs only, and the steps of a task choose their own"
             )
         if scope["method"] == "POST" and needed in _COUNTED_SCOPES and handler.opt.get(COUNTED, True):
             self._take(self._shares_of(caller), Amounts(requests=1), caller)
@@ -273,21 +295,40 @@ class Door:
             {unit: self._limiter.standing(shares, unit, now_s) for unit in ("requests", "tokens")}
         )
 
-    def observe(self, packet: TaskPacket, events: tuple[AnyTaskEvent, ...]) -> None:
-        """Charge what tasks use to who sent them. An `EventListener`."""
-        sender = next((event.sender for event in packet.history[:1] if isinstance(event, Submitted)), None)
-        if sender is None:
-            return
-        for event in events:
-            if isinstance(event, StepFinished) and event.call is not None:
-                call = event.call
-                self.charge(
-                    Caller(key=sender.key, project=sender.project),
-                    ChatUsage(input_tokens=call.input_tokens, output_tokens=call.output_tokens),
-                    llm=call.llm,
-                    gpu_s=call.duration_ms / 1000 if call.source == "local" else 0.0,
-                    cost_usd=call.cost_usd,
-                )
+    def admit(self, sender: Sender, hints: RouteHints, *, tokens: int) -> "StepGrant":
+        """See `Senders.admit`."""
+        rights = self._access.rights.get(sender.key)
+        if rights is None and sender.key and self._asks_for_keys:
+            raise ScopeError(f"the key {sender.key!r} that sent the task is known no more")
+        if rights is not None and "tasks" not in rights.scopes:
+            raise ScopeError(f"the key {sender.key!r} that sent the task may send none any more")
+        hints = self._bound(hints, sender, rights or KeyRights())
+        caller = Caller(key=sender.key, project=sender.project)
+        tier = hints.tier or self._tier_of(hints.llm or "")
+        hold = self.reserve(caller, tokens=tokens, tier=tier if sender.key else None)
+        return StepGrant(self, caller, hints, hold, is_in_tier=tier is not None)
+
+    def _bound(self, hints: RouteHints, sender: Sender, rights: KeyRights) -> RouteHints:
+        """`hints` as strict as the key and the project are."""
+        privacy, prefer, _ = self._access.by_project.get(sender.project, ("any", (), ()))
+        return msgspec.structs.replace(
+            hints,
+            privacy="local" if "local" in (hints.privacy, rights.privacy, privacy) else "any",
+            allowed=rights.allowed_llms,
+            prefer=hints.prefer or prefer,
+            key=sender.key,
+        )
+
+    def _tier_of(self, llm: str) -> Tier | None:
+        found = self._settings.llms.get(llm)
+        return found.tier if found is not None else None
+
+    def count_tier(self, caller: Caller, llm: str, used: Amounts) -> None:
+        """Count with the tier of the LLM that served, where none was known before."""
+        tier = self._tier_of(llm)
+        if caller.key and tier is not None and (bound := self._access.tiers[tier]):
+            share = Share(f"tier:{tier}:{self._who(caller)}", bound)
+            self._limiter.count((share,), used, self._now())
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._restore)
@@ -358,7 +399,8 @@ class Door:
 
     def _shares_of(self, caller: Caller) -> tuple[Share, ...]:
         shares = self._access.by_key.get(caller.key, ())
-        if not caller.key and self._access.address:
+        # A task has a sender and no address.
+        if not caller.key and caller.address and self._access.address:
             shares = (
                 Share(self._limiter.subject("address", _network(caller.address)), self._access.address),
             )

@@ -25,7 +25,6 @@ from ai_agent_server.core.ports import Orchestration
 from ai_agent_server.core.task_packet import (
     InputRequired,
     Progress,
-    Sender,
     TaskDraft,
     TaskPacket,
     TaskStatus,
@@ -269,7 +268,7 @@ class ModelContext:
             draft,
             via="rest",
             idempotency_key=arguments.get("idempotency_key"),
-            sender=Sender(key=caller.key, project=caller.project) if caller.key or caller.project else None,
+            sender=caller.sender,
         )
         wait_s = float(arguments.get("wait_s", 45))
 
@@ -409,8 +408,7 @@ def _task(packet: TaskPacket) -> JSONObject:
 
 
 def _may_run_tasks(caller: Caller) -> None:
-    """A role's steps choose LLMs of their own: a key that is for some LLMs only cannot run one."""
-    if "tasks" not in caller.scopes or caller.allowed_llms:
+    if "tasks" not in caller.scopes:
         raise ScopeError("this key may not run tasks")
 
 

@@ -249,13 +249,14 @@ class Serving:
             clock=self._clock,
             limits=self._accounts.headers,
         )
-        if route.kind != "role":
+        is_task = route.kind == "role"  # whose steps are counted one by one
+        if not is_task:
             exchange.reading = self._cache.reading(exchange.request, caller)
-        is_kept = exchange.reading is not None and exchange.reading.is_kept
+        is_free = is_task or (exchange.reading is not None and exchange.reading.is_kept)
         exchange.hold = self._accounts.reserve(
             caller,
-            tokens=0 if is_kept else input_tokens + (choice.max_tokens or estimate.OUTPUT_TOKENS),
-            tier=choice.tier,
+            tokens=0 if is_free else input_tokens + (choice.max_tokens or estimate.OUTPUT_TOKENS),
+            tier=None if is_task else choice.tier,
         )
         return exchange
 
@@ -301,6 +302,7 @@ class Serving:
             role=role_name,
             schema=profile.roles[role_name].payload_schema or profile.payload_schema,
             privacy=exchange.request.route.privacy,
+            sender=exchange.caller.sender,
             idempotency_key=exchange.idempotency_key,
         )
         return _role_chat.stream(self._orchestration, exchange.request, task, exchange.saw)
@@ -313,12 +315,13 @@ class Serving:
         # What another request paid for, or one before, is told as it was and costs nothing.
         usage = told if exchange.pays else ChatUsage()
         cost_usd = self._price(joined.llm, usage) if joined.llm else exchange.task_cost_usd
+        is_task = exchange.route.kind == "role"  # whose steps were charged as they ended
         self._accounts.charge(
             exchange.caller,
-            usage,
+            ChatUsage() if is_task else usage,
             llm=joined.llm,
             gpu_s=exchange.slot_s(ended_s) if exchange.pays else 0.0,
-            cost_usd=cost_usd,
+            cost_usd=0.0 if is_task else cost_usd,
             hold=exchange.hold,
         )
         is_hit = exchange.reading is not None and not exchange.pays
@@ -332,7 +335,7 @@ class Serving:
                 input_tokens=usage.input_tokens,
                 output_tokens=usage.output_tokens,
                 cost_usd=cost_usd,
-                is_task=exchange.route.kind == "role",
+                is_task=is_task,
                 cache="" if exchange.reading is None else "hit" if is_hit else "miss",
                 saved_tokens=told.input_tokens + told.output_tokens if is_hit and status == "ok" else 0,
                 duration_ms=1000 * (ended_s - exchange.started_s),
@@ -555,8 +558,7 @@ def _routed(
 
 
 def _may_run_roles(caller: Caller) -> bool:
-    """A role's steps choose LLMs of their own: a key that is for some LLMs only cannot run one."""
-    return "tasks" in caller.scopes and not caller.allowed_llms
+    return "tasks" in caller.scopes
 
 
 def _foreseen_overflow(error: NoLLMError, exchange: Exchange) -> ContextOverflowError | None:
