@@ -15,7 +15,14 @@ import uuid_utils
 import watchfiles
 
 from ai_agent_server import __version__, tasks_state
-from ai_agent_server.assembly import file_reader, members_for, profiles_for, ready_tools, strategy_for
+from ai_agent_server.assembly import (
+    file_reader,
+    gauges_for,
+    members_for,
+    profiles_for,
+    ready_tools,
+    strategy_for,
+)
 from ai_agent_server.channels._embedded_nats import EmbeddedNats
 from ai_agent_server.channels.base import Channel
 from ai_agent_server.channels.memory_channel import MemoryChannel
@@ -243,7 +250,7 @@ async def running(
     store: TaskStore = implementation(tasks_state, settings.store.kind, pointer="/store/kind")(state_dir)
     profiles = profiles_for(settings, config.parent if config else None)
     tools = ready_tools(settings, config.parent if config else None)
-    strategy = strategy_for(settings)
+    strategy, gauges = strategy_for(settings), gauges_for(settings)
     await asyncio.to_thread(_make_folder, state_dir)
     async with AsyncExitStack() as stack:
         door = await asyncio.to_thread(
@@ -268,6 +275,7 @@ async def running(
             rng=random.Random(),
             keep_toggle=toggles.keep,
             accelerators=settings.accelerators,
+            gauges=gauges,
         )
         stack.push_async_callback(balancer.aclose)
         balancer.start()

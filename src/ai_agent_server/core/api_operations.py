@@ -46,6 +46,7 @@ from ai_agent_server.core.task_packet import (
 )
 from ai_agent_server.core.transitions import fold
 from ai_agent_server.load_balancer.base import AcceleratorView, MemoryView, QueueDecision, QueuedView
+from ai_agent_server.memory_gauges.base import Gauged
 from ai_agent_server.tasks_state.base import TaskPage
 
 EVENT_STREAM = "text/event-stream"
@@ -690,8 +691,8 @@ def _example_accelerator() -> AcceleratorView:
         name="gpu0",
         memory_mb=16384,
         headroom_mb=512,
-        external_mb=0,
-        budget_mb=15872,
+        external_mb=412,
+        budget_mb=15460,
         used_mb=9120,
         llms=(
             MemoryView(
@@ -718,6 +719,7 @@ def _example_accelerator() -> AcceleratorView:
                 what="start", why="GQ-9 in memory, its turn", ago_s=1.5, llm="coder", request="gpu0.16"
             ),
         ),
+        device=Gauged(device="NVIDIA GeForce RTX 5060 Ti", total_mb=16384, free_mb=6852),
     )
 
 

@@ -15,12 +15,14 @@ from ai_agent_server.errors import EngineError
 from ai_agent_server.llm_engines.base import LLMEngine, ModelCard
 from ai_agent_server.load_balancer.base import AcceleratorView, MemoryView, QueueDecision, QueuedView
 from ai_agent_server.load_balancer.memory_ledger import Footprint, MemoryLedger, estimate_mb
+from ai_agent_server.load_balancer.outside import Outside, looked
 from ai_agent_server.load_balancer.scheduler import (
     Arrived,
     Configured,
     Dismissed,
     Effect,
     Event,
+    ExternalMemory,
     Finished,
     Left,
     Load,
@@ -40,10 +42,14 @@ from ai_agent_server.load_balancer.scheduler import (
     Unload,
     Unloaded,
 )
+from ai_agent_server.memory_gauges.base import Gauged, MemoryGauge
 
 LOAD_TIMEOUT_S = 600.0
 UNLOAD_TIMEOUT_S = 60.0
 LOOK_TIMEOUT_S = 5.0
+GIVEN_BACK_S = 5.0
+"""So long a driver may take until memory that a model gave back is free."""
+GIVEN_BACK_LOOK_S = 0.2
 RECENT = 64
 MB = 2**20
 
@@ -74,8 +80,12 @@ class AcceleratorQueue:
         *,
         clock: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]],
+        gauge: MemoryGauge | None = None,
     ) -> None:
         self.name = name
+        self._gauge, self._reading = gauge, asyncio.Lock()
+        self._device: Gauged | None = None
+        self._outside = Outside()
         self._accelerator = accelerator
         self._clock, self._sleep = clock, sleep
         self._scheduler = Scheduler(
@@ -89,6 +99,7 @@ class AcceleratorQueue:
         self._changed_s: dict[str, float] = {}
         """LLM -> when an order to its engine was given or carried out: looks begun before are stale."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._orders = 0
         self._alarm: asyncio.Task[None] | None = None
         self._dismissed: dict[str, asyncio.Future[bool]] = {}
         """LLM that is to go -> whether it went."""
@@ -181,6 +192,7 @@ class AcceleratorQueue:
                 for each in self._scheduler.forecast()
             ),
             recent=tuple(_explained(effect, self._clock() - at_s) for at_s, effect in self._recent),
+            device=self._device,
         )
 
     # What it is told
@@ -243,6 +255,16 @@ class AcceleratorQueue:
         if card.residency == "loaded" and card.memory_bytes:
             self._tell(Measured(llm=llm, memory_mb=card.memory_bytes / MB))
 
+    async def look_outside(self) -> None:
+        """Read the gauge, and have what other programs take left out of the budget.
+
+        Nothing while a model comes or goes: what it takes would be counted twice, or as theirs.
+        """
+        orders = self._orders
+        gauged = await self._read_gauge()
+        if gauged is not None and not self._moving() and orders == self._orders:
+            self._note_outside(gauged, self._scheduler.ledger.used_mb)
+
     async def aclose(self) -> None:
         """Refuse who waits, and end what is under way."""
         self._closed = True
@@ -256,6 +278,9 @@ class AcceleratorQueue:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        if self._gauge is not None:
+            async with self._reading:
+                await asyncio.to_thread(self._gauge.close)
 
     # Decisions, done
 
@@ -286,6 +311,7 @@ class AcceleratorQueue:
 
     def _run(self, llm: str, work: Coroutine[None, None, None]) -> None:
         self._changed_s[llm] = self._clock()
+        self._orders += 1
         # Kept open from here: a reload closes the engine once what was ordered is done.
         self._llms[llm].enter()
         task = asyncio.create_task(work, name=f"residency of {llm}")
@@ -310,10 +336,49 @@ class AcceleratorQueue:
             # Not its word but what it has. One that cannot be told keeps its model, and may not say so.
             card = await self._look(engined)
             gone = card is not None and card.residency == "unloaded"
+            if gone:
+                await self._given_back(llm)
             self._tell(Unloaded(llm=llm) if gone else Loaded(llm=llm))
             self._went(llm, gone=gone)
         finally:
             engined.leave()
+
+    async def _given_back(self, llm: str) -> None:
+        """Wait until the device has what `llm` took: a load into memory that is not free yet fails.
+
+        What did not come back in time is somebody else's.
+        """
+        until_s = self._clock() + GIVEN_BACK_S
+        while self._moving() == {llm} and (gauged := await self._read_gauge()) is not None:
+            ledger = self._scheduler.ledger
+            held_mb = ledger.used_mb - ledger.need_mb(llm)
+            found = looked(self._outside, memory_mb=ledger.memory_mb, held_mb=held_mb, free_mb=gauged.free_mb)
+            if found.mb <= self._outside.mb or self._clock() >= until_s:
+                self._note_outside(gauged, held_mb)
+                return
+            await self._sleep(GIVEN_BACK_LOOK_S)
+
+    def _moving(self) -> set[str]:
+        """The models that come or go."""
+        return {seat.llm for seat in self._scheduler.seats() if seat.state in {"loading", "unloading"}}
+
+    def _note_outside(self, gauged: Gauged, held_mb: float) -> None:
+        self._outside = looked(
+            self._outside,
+            memory_mb=self._scheduler.ledger.memory_mb,
+            held_mb=held_mb,
+            free_mb=gauged.free_mb,
+        )
+        if self._outside.mb != self._scheduler.ledger.external_mb:
+            log.info("accelerator.outside", accelerator=self.name, memory_mb=round(self._outside.mb))
+            self._tell(ExternalMemory(memory_mb=self._outside.mb))
+
+    async def _read_gauge(self) -> Gauged | None:
+        if self._gauge is None or self._closed:
+            return None
+        async with self._reading:
+            self._device = await asyncio.to_thread(self._gauge.read)
+        return self._device
 
     def _went(self, llm: str, *, gone: bool) -> None:
         told = self._dismissed.pop(llm, None)

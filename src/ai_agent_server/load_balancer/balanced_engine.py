@@ -34,6 +34,7 @@ from ai_agent_server.load_balancer.base import (
 )
 from ai_agent_server.load_balancer.scheduler import CONFIGURED_ANEW, RECALLED, Refuse, Start
 from ai_agent_server.load_balancer.standing import HeldEngine, Member, Standing, same_engine
+from ai_agent_server.memory_gauges.base import MemoryGauge
 
 __all__ = ("BalancedEngine", "Member")
 
@@ -80,14 +81,17 @@ class BalancedEngine:
         keep_toggle: KeepToggle | None = None,
         residency_interval_s: float = 5.0,
         accelerators: Mapping[str, Accelerator] | None = None,
+        gauges: Mapping[str, MemoryGauge] | None = None,
     ) -> None:
         """`clock` is monotonic, in seconds; `settings.strategy` is the name that decisions give.
 
         `keep_toggle` makes a switch survive a restart before it counts. LLMs whose settings name one
-        of `accelerators` share its memory and its queue.
+        of `accelerators` share its memory and its queue; `gauges` tell what other programs take of it.
         """
         self._queues = {
-            name: AcceleratorQueue(name, each, settings, clock=clock, sleep=sleep)
+            name: AcceleratorQueue(
+                name, each, settings, clock=clock, sleep=sleep, gauge=(gauges or {}).get(name)
+            )
             for name, each in (accelerators or {}).items()
         }
         self._admission = Admission(
@@ -273,10 +277,16 @@ class BalancedEngine:
         admission.dispatch(changed=True)
 
     async def refresh_residency(self) -> None:
-        """Ask every local engine, at the same time, what it has in memory. Never loads a model."""
+        """Ask every local engine, at the same time, what it has in memory. Never loads a model.
+
+        Then each accelerator's gauge, what is left: what an engine has is not taken for another's.
+        """
         async with asyncio.TaskGroup() as group:
             for standing in self._local():
                 group.create_task(self._look_at(standing))
+        async with asyncio.TaskGroup() as group:
+            for queue in self._queues.values():
+                group.create_task(queue.look_outside())
 
     # One attempt
 

@@ -6,6 +6,7 @@ from typing import Literal, Protocol, TypeAlias
 import msgspec
 
 from ai_agent_server.core.chat import Capability, ChatDelta, ChatRequest, Privacy, Tier, Urgency
+from ai_agent_server.memory_gauges.base import Gauged
 
 CircuitState = Literal["closed", "open", "half_open"]
 Source = Literal["local", "api"]
@@ -116,12 +117,14 @@ class AcceleratorView(msgspec.Struct, frozen=True, kw_only=True):
     memory_mb: float
     headroom_mb: float
     external_mb: float
-    """What other programs take, as far as it is known."""
+    """What other programs take of `memory_mb`, as far as it is known."""
     budget_mb: float
     used_mb: float
     llms: tuple[MemoryView, ...]
     queue: tuple[QueuedView, ...]
     recent: tuple[QueueDecision, ...]
+    device: Gauged | None = None
+    """The device itself as it was last looked at; None where nobody can tell."""
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
