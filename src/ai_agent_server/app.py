@@ -33,6 +33,7 @@ from ai_agent_server.config.settings import Settings
 from ai_agent_server.config.toggles import Toggles
 from ai_agent_server.core.api_handler import WRITE_TIMEOUT_S, create_app
 from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.genai_metrics import GenAIModel
 from ai_agent_server.core.mcp_handler import McpHandler, McpHealth
 from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.orchestration_engine import OrchestrationEngine
@@ -315,6 +316,9 @@ async def running(
             nats=channel.health,
             store=store_watch.gauge,
             cache=cache.state,
+            accelerators=balancer.accelerators,
+            model_of=lambda llm: _model_of(server.settings, llm),
+            names=lambda: server.settings.metrics.names,
         )
         engine.observe(metrics.observe)
         handler = McpHandler(
@@ -397,6 +401,13 @@ async def running(
                 origins=door.origins,
             ),
         )
+
+
+def _model_of(settings: Settings, llm: str) -> GenAIModel:
+    found = settings.llms.get(llm)
+    if found is None:
+        return GenAIModel(provider="unknown", model=llm)
+    return GenAIModel(provider=found.engine.rpartition(".")[2], model=found.model)
 
 
 def _make_folder(state_dir: Path) -> None:

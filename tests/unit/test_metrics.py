@@ -233,7 +233,7 @@ def test_every_family_has_a_name_that_prometheus_takes_and_a_text(world: World) 
     families = list(text_string_to_metric_families(world.metrics.prometheus().decode()))
     assert len({family.name for family in families}) == len(families) > 30
     for family in families:
-        assert re.fullmatch(r"ai_agent_server_[a-z_]+", family.name)
+        assert re.fullmatch(r"(ai_agent_server|gen_ai)_[a-z_]+", family.name)
         assert family.documentation
 
 

@@ -53,6 +53,7 @@ SECTIONS = (
     "/gateway/tiers/main",
     "/gateway/tiers/small",
     "/limits",
+    "/metrics",
     "/llms/one",
     "/llms/one/api_key",
     "/llms/one/timeouts",

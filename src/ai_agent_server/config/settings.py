@@ -194,6 +194,17 @@ class MessagingSettings(_Section, frozen=True, kw_only=True):
     metrics_interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=86_400)] = 10.0
 
 
+MetricNames = Literal["own", "otel", "both"]
+
+
+class MetricsSettings(_Section, frozen=True, kw_only=True):
+    """What Prometheus is told at /metrics."""
+
+    names: MetricNames = "both"
+    """`own`: `ai_agent_server_*`; `otel`: `gen_ai_*`, the histograms of OpenTelemetry's conventions for
+    generative AI, alone."""
+
+
 class StoreSettings(_Section, frozen=True, kw_only=True):
     """Where tasks are kept."""
 
@@ -354,6 +365,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     server: ServerSettings = ServerSettings()
     gateway: GatewaySettings = GatewaySettings()
     projects: dict[str, ProjectSettings] = msgspec.field(default_factory=dict)
+    metrics: MetricsSettings = MetricsSettings()
     limits: Limits = Limits()
 
 

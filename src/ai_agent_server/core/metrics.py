@@ -22,9 +22,11 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from ai_agent_server.channels.base import ChannelHealth, ChannelState
+from ai_agent_server.config.settings import MetricNames
+from ai_agent_server.core.genai_metrics import GenAICall, GenAIMetrics, GenAIModel
 from ai_agent_server.core.ports import EngineStatus
 from ai_agent_server.core.task_packet import AnyTaskEvent, LLMCall, StepFinished, TaskPacket, TaskStatus
-from ai_agent_server.load_balancer.base import CircuitState, LLMView, Source
+from ai_agent_server.load_balancer.base import AcceleratorView, CircuitState, LLMView, Source
 from ai_agent_server.tasks_state.base import StoreHealth
 
 PROMETHEUS_TEXT = CONTENT_TYPE_PLAIN_0_0_4
@@ -34,6 +36,7 @@ MAX_NAMES = 256
 """Names kept apart in one table; what comes after them is counted as `other`."""
 OTHER = "other"
 PREFIX = "ai_agent_server"
+MEGABYTE = 1024 * 1024
 
 T = TypeVar("T")
 
@@ -56,9 +59,25 @@ class LLMState(msgspec.Struct, frozen=True, kw_only=True):
     toggle: bool
     circuit: CircuitState
     in_flight: int
+    waiting: int
     slots: int
     resident: bool | None
     failures: int
+
+
+class AcceleratorState(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory that LLMs share, now."""
+
+    memory_mb: float
+    budget_mb: float
+    """What of it LLMs may have."""
+    used_mb: float
+    external_mb: float
+    """What other programs take."""
+    queued: int
+    """Requests that wait for a turn."""
+    llms_mb: dict[str, float]
+    """What each LLM holds."""
 
 
 class ChannelMetrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +111,7 @@ class StateMetrics(msgspec.Struct, frozen=True, kw_only=True):
     accepting: bool
     llms_up: int
     llms: dict[str, LLMState]
+    accelerators: dict[str, AcceleratorState]
     nats: ChannelMetrics | None
     store: StoreMetrics | None
 
@@ -254,7 +274,11 @@ class Metrics:
         nats: Callable[[], ChannelHealth | None] = lambda: None,
         store: Callable[[], StoreHealth | None] = lambda: None,
         cache: Callable[[], CacheState] = CacheState,
+        accelerators: Callable[[], tuple[AcceleratorView, ...]] = tuple,
+        model_of: Callable[[str], GenAIModel] = lambda llm: GenAIModel(provider=OTHER, model=llm),
+        names: Callable[[], MetricNames] = lambda: "both",
     ) -> None:
+        """`names` says under which names Prometheus is told; `model_of` whom an LLM's name stands for."""
         self._now, self._since, self._version = now, now(), version
         self._engine, self._task_counts, self._llms, self._nats, self._store = (
             engine,
@@ -263,7 +287,8 @@ class Metrics:
             nats,
             store,
         )
-        self._cache = cache
+        self._cache, self._accelerators = cache, accelerators
+        self._genai = GenAIMetrics(model_of)
         self._profiles: dict[str, _Ends] = {}
         self._roles: dict[str, _Steps] = {}
         self._calls: dict[str, _Calls] = {}
@@ -274,7 +299,7 @@ class Metrics:
         self._use_by_source: dict[str, _Use] = {}
         self._served = _Gateway()
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Families(self.snapshot))
+        self._registry.register(_Families(self.snapshot, self._genai, names))
 
     def observe(self, packet: TaskPacket, events: tuple[AnyTaskEvent, ...]) -> None:
         """Count `events`, which are new in `packet`."""
@@ -295,6 +320,17 @@ class Metrics:
             _of(self._use_by_source, request.source or "unknown", _Use),
         ):
             use.add(request)
+        self._genai.observe(
+            GenAICall(
+                operation="embeddings" if request.surface == "embeddings" else "chat",
+                llm=request.llm,
+                error="" if request.status == "ok" else request.status,
+                input_tokens=request.input_tokens,
+                output_tokens=request.output_tokens,
+                duration_s=request.duration_ms / 1000,
+                first_token_s=_seconds(request.time_to_first_token_ms),
+            )
+        )
 
     def _count_step(self, profile: str, step: StepFinished) -> None:
         role = f"{profile}/{step.role}"
@@ -311,6 +347,15 @@ class Metrics:
             _of(self._use_by_source, call.source or "unknown", _Use),
         ):
             use.add(call)
+        self._genai.observe(
+            GenAICall(
+                llm=call.llm,
+                input_tokens=call.input_tokens,
+                output_tokens=call.output_tokens,
+                duration_s=call.duration_ms / 1000,
+                first_token_s=_seconds(call.time_to_first_token_ms) if call.output_tokens else None,
+            )
+        )
 
     def snapshot(self) -> MetricsSnapshot:
         """Everything now."""
@@ -346,6 +391,7 @@ class Metrics:
                 toggle=view.toggle,
                 circuit=view.circuit,
                 in_flight=view.in_flight,
+                waiting=view.waiting,
                 slots=view.slots,
                 resident=view.resident,
                 failures=view.failures,
@@ -362,6 +408,17 @@ class Metrics:
             accepting=engine.accepting,
             llms_up=sum(llm.up for llm in llms.values()),
             llms=llms,
+            accelerators={
+                view.name: AcceleratorState(
+                    memory_mb=view.memory_mb,
+                    budget_mb=view.budget_mb,
+                    used_mb=view.used_mb,
+                    external_mb=view.external_mb,
+                    queued=len(view.queue),
+                    llms_mb={llm.llm: llm.held_mb for llm in view.llms},
+                )
+                for view in self._accelerators()
+            },
             nats=None
             if nats is None
             else ChannelMetrics(state=nats.state, embedded=nats.embedded, reconnects=nats.reconnects),
@@ -388,6 +445,10 @@ class Metrics:
             tokens_local=local.tokens,
             local_share=local.tokens / self._total.tokens if self._total.tokens else None,
         )
+
+
+def _seconds(time_ms: float | None) -> float | None:
+    return None if time_ms is None else time_ms / 1000
 
 
 def _rounded(value: Any, places: int = 3) -> Any:
@@ -583,12 +644,24 @@ def _count(table: dict[str, int], name: str) -> None:
 
 
 class _Families(Collector):
-    """The snapshot as Prometheus's families."""
+    """The snapshot as Prometheus's families, and the calls under OpenTelemetry's names."""
 
-    def __init__(self, snapshot: Callable[[], MetricsSnapshot]) -> None:
-        self._snapshot = snapshot
+    def __init__(
+        self,
+        snapshot: Callable[[], MetricsSnapshot],
+        genai: GenAIMetrics,
+        names: Callable[[], MetricNames],
+    ) -> None:
+        self._snapshot, self._genai, self._names = snapshot, genai, names
 
     def collect(self) -> Iterator[Metric]:
+        names = self._names()
+        if names != "otel":
+            yield from self._own()
+        if names != "own":
+            yield from self._genai.families()
+
+    def _own(self) -> Iterator[Metric]:
         snapshot = self._snapshot()
         info = InfoMetricFamily(f"{PREFIX}_build", "The server's version.", labels=())
         info.add_metric((), {"version": snapshot.version})
@@ -628,11 +701,15 @@ def _state_families(state: StateMetrics) -> Iterator[Metric]:
         "llm_in_flight", "Requests at the LLM now.", ("llm",), [((n,), m.in_flight) for n, m in llms]
     )
     yield _gauge(
+        "llm_waiting", "Requests that wait for a slot of it.", ("llm",), [((n,), m.waiting) for n, m in llms]
+    )
+    yield _gauge(
         "llm_resident",
         "1 when the model is in memory; nothing where nobody knows.",
         ("llm",),
         [((n,), m.resident) for n, m in llms if m.resident is not None],
     )
+    yield from _accelerator_families(state.accelerators)
     if state.nats is not None:
         yield _gauge("nats_connected", "1 while connected.", (), [((), state.nats.state == "connected")])
         yield _counter(
@@ -643,6 +720,34 @@ def _state_families(state: StateMetrics) -> Iterator[Metric]:
         yield _gauge("store_corrupt_files", "Files moved aside.", (), [((), state.store.corrupt)])
         if state.store.free_bytes is not None:
             yield _gauge("store_free_bytes", "Space that is left.", (), [((), state.store.free_bytes)])
+
+
+def _accelerator_families(accelerators: dict[str, AcceleratorState]) -> Iterator[Metric]:
+    each = accelerators.items()
+    for name, text, measure in (
+        ("memory_bytes", "All memory of the accelerator.", "memory_mb"),
+        ("budget_bytes", "What LLMs may have of it.", "budget_mb"),
+        ("used_bytes", "What LLMs have of it.", "used_mb"),
+        ("external_bytes", "What other programs have of it.", "external_mb"),
+    ):
+        yield _gauge(
+            f"accelerator_{name}",
+            text,
+            ("accelerator",),
+            [((n,), getattr(state, measure) * MEGABYTE) for n, state in each],
+        )
+    yield _gauge(
+        "accelerator_llm_bytes",
+        "What an LLM has of it.",
+        ("accelerator", "llm"),
+        [((n, llm), held * MEGABYTE) for n, state in each for llm, held in state.llms_mb.items()],
+    )
+    yield _gauge(
+        "accelerator_queued",
+        "Requests that wait for a turn.",
+        ("accelerator",),
+        [((n,), state.queued) for n, state in each],
+    )
 
 
 def _performance_families(performance: PerformanceMetrics) -> Iterator[Metric]:
