@@ -19,6 +19,7 @@ from ai_agent_server.core.task_packet import (
     Completed,
     Failed,
     FeedbackDraft,
+    ForkDraft,
     Progress,
     Rejected,
     TaskDraft,
@@ -116,7 +117,7 @@ class Client:
         answer = await self._ask(
             "POST",
             f"/api/v1/{_segment(profile)}/{_segment(role)}",
-            body=_draft_body(draft),
+            body=_said(draft),
             headers={"Idempotency-Key": idempotency_key},
         )
         return self._fetched(answer)
@@ -142,6 +143,24 @@ class Client:
     async def cancel(self, task_id: str) -> Fetched:
         """End it now."""
         return self._fetched(await self._ask("POST", f"{TASKS}/{_segment(task_id)}/cancel"))
+
+    async def pause(self, task_id: str) -> Fetched:
+        """Hold it after the step that is under way."""
+        return self._fetched(await self._ask("POST", f"{TASKS}/{_segment(task_id)}/pause"))
+
+    async def resume(self, task_id: str) -> Fetched:
+        """Let it go on."""
+        return self._fetched(await self._ask("POST", f"{TASKS}/{_segment(task_id)}/resume"))
+
+    async def fork(self, task_id: str, draft: ForkDraft, *, idempotency_key: str) -> Fetched:
+        """Send a task that goes on after a step of an ended one. The same key again answers the same task."""
+        answer = await self._ask(
+            "POST",
+            f"{TASKS}/{_segment(task_id)}/fork",
+            body=_said(draft),
+            headers={"Idempotency-Key": idempotency_key},
+        )
+        return self._fetched(answer)
 
     async def delete(self, task_id: str) -> None:
         """Remove an ended task and its file."""
@@ -304,7 +323,7 @@ def _segment(name: str) -> str:
     return quote(name, safe="", errors="replace")
 
 
-def _draft_body(draft: TaskDraft) -> bytes:
+def _said(draft: TaskDraft | ForkDraft) -> bytes:
     # Only what was said: the server has its own defaults, by role.
     said = {key: value for key, value in msgspec.to_builtins(draft).items() if value not in (None, [])}
     return msgspec.json.encode(said)

@@ -174,7 +174,7 @@ async def running(
         leases=options.pop("leases", Alone()),
         llm=words,
         sandbox=NoSandbox(),
-        clock=now,
+        clock=options.pop("clock", now),
         new_id=lambda: str(uuid_utils.uuid7()),
         monotonic=asyncio.get_running_loop().time,
         read_file=no_files,

@@ -9,14 +9,18 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from ai_agent_server.core.fork import changed, taken_over
 from ai_agent_server.core.ports import EngineStatus, EventListener
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
     Canceled,
     FeedbackDraft,
     FeedbackReceived,
+    ForkDraft,
     Limits,
+    Paused,
     Progress,
+    Resumed,
     Sender,
     Submitted,
     TaskDraft,
@@ -30,6 +34,7 @@ from ai_agent_server.core.transitions import fold
 from ai_agent_server.errors import (
     IdempotencyConflictError,
     InvalidPacketError,
+    InvalidTransitionError,
     TaskLiveError,
     TaskNotFoundError,
     UnknownRoleError,
@@ -154,6 +159,47 @@ class OrchestrationDouble:
         """See `Orchestration.cancel`."""
         await self.read(task_id)
         return self.happen(task_id, Canceled(at=datetime.now(UTC)))
+
+    async def fork(
+        self,
+        task_id: str,
+        draft: ForkDraft,
+        *,
+        via: Via,
+        idempotency_key: str | None = None,
+        sender: Sender | None = None,
+    ) -> tuple[TaskPacket, bool]:
+        """See `Orchestration.fork`."""
+        origin = await self.read(task_id)
+        if not origin.status.is_final:
+            raise TaskLiveError(task_id, "it has not ended")
+        like_it = TaskDraft(
+            payload=changed(origin.payload, draft.payload),
+            task_id=draft.task_id,
+            context_id=origin.context_id,
+            profile=origin.profile,
+            role=origin.role,
+        )
+        taken_over(origin, draft.step)
+        return await self.submit(like_it, via=via, idempotency_key=idempotency_key, sender=sender)
+
+    async def pause(self, task_id: str, *, via: Via) -> TaskPacket:
+        """See `Orchestration.pause`."""
+        packet = await self.read(task_id)
+        if packet.paused_at is not None:
+            return packet
+        return self.happen(task_id, Paused(at=datetime.now(UTC), via=via))
+
+    async def resume(self, task_id: str, *, via: Via) -> TaskPacket:
+        """See `Orchestration.resume`."""
+        packet = await self.read(task_id)
+        if packet.status.is_final:
+            raise InvalidTransitionError(task_id, "it has ended")
+        return (
+            packet
+            if packet.paused_at is None
+            else self.happen(task_id, Resumed(at=datetime.now(UTC), via=via))
+        )
 
     async def feedback(
         self, task_id: str, draft: FeedbackDraft, *, via: Via, message_id: str = ""

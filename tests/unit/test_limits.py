@@ -15,6 +15,7 @@ from ai_agent_server.core.next_step import (
     Decline,
     EndBadly,
     EndWell,
+    Hold,
     RunStep,
     StillWaiting,
     deadline,
@@ -29,8 +30,10 @@ from ai_agent_server.core.task_packet import (
     InputRequired,
     Limits,
     LLMCall,
+    Paused,
     Recovered,
     Rejected,
+    Resumed,
     Started,
     StepFinished,
     StepStarted,
@@ -61,6 +64,7 @@ class World:
         self.external = frozenset(rng.sample(ROLES, _often(rng, 0, 1, 2, 6)))
         self.crashes = _often(rng, 0.0, 0.05, 0.9, 1.0)
         self.meddles = _often(rng, 0.0, 0.1, 0.5)
+        self.pauses = _often(rng, 0.0, 0.05, 0.3)
         self.documents = rng.random() < 0.3
         self.stubborn = rng.choice((None, "done", "fail", "more"))
         self.answers = _often(rng, 1.0, 0.9, 0.0)
@@ -95,6 +99,8 @@ class World:
         return self.packet
 
     def advance(self) -> None:
+        if self.packet.paused_at is None and self.rng.random() < self.pauses:
+            self.add(Paused(at=self.now, via="rest"))
         action = next_action(self.packet, self.workflow, external=self.external, now=self.now)
         match action:
             case RunStep():
@@ -109,6 +115,9 @@ class World:
                         hop=action.hop,
                     )
                 )
+            case Hold():
+                self.now += timedelta(days=1)
+                self.add(Resumed(at=self.now, via="rest"))
             case StillWaiting():
                 if self.rng.random() < self.answers:
                     self.now += timedelta(seconds=1)
@@ -183,7 +192,7 @@ class World:
 
     def asked(self) -> str:
         """The role that is waited for; sometimes another one reports."""
-        last = self.packet.history[-1]
+        last = next(e for e in reversed(self.packet.history) if not isinstance(e, Paused | Resumed))
         assert isinstance(last, InputRequired)
         return last.role if self.rng.random() < 0.9 else self.rng.choice(ROLES)
 

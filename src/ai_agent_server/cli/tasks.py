@@ -22,6 +22,7 @@ from ai_agent_server.client import Client, Fetched
 from ai_agent_server.core.chat import JSONObject
 from ai_agent_server.core.task_packet import (
     FeedbackDraft,
+    ForkDraft,
     InputRequired,
     LimitsDraft,
     TaskDraft,
@@ -243,7 +244,10 @@ def run(
                     if not said.strip():
                         break
                     since = fetched.packet.revision
-                    await client.feedback(task_id, FeedbackDraft(role="user", outcome="answer", why=said))
+                    answer = FeedbackDraft(
+                        role="user", outcome="answer", why=said, answers=_question(fetched)
+                    )
+                    await client.feedback(task_id, answer)
                     fetched = await follow(client, task_id, out, since=since)
                 return fetched
 
@@ -337,6 +341,12 @@ def _asks(fetched: Fetched) -> bool:
     return fetched.packet.status is TaskStatus.INPUT_REQUIRED
 
 
+def _question(fetched: Fetched) -> int | None:
+    """The `seq` of the question that it waits on."""
+    asked = (event.seq for event in reversed(fetched.packet.history) if isinstance(event, InputRequired))
+    return next(asked, None)
+
+
 @contextlib.contextmanager
 def _going_on(command: str) -> Iterator[None]:
     try:
@@ -422,6 +432,51 @@ def cancel(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False
 
 
 @tasks.command
+def pause(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """Hold a task after the step that is under way, also over a restart."""
+    return _changed(_on_task(server, lambda client: client.pause(task_id)), as_json)
+
+
+@tasks.command
+def resume(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """Let a paused task go on."""
+    return _changed(_on_task(server, lambda client: client.resume(task_id)), as_json)
+
+
+@tasks.command
+def fork(
+    task_id: str,
+    /,
+    *,
+    step: Annotated[int, Parameter(help="Its steps up to this one are taken over; 0: none.")],
+    set_field: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name=["--set", "-s"],
+            negative=(),
+            show_default=False,
+            help="A field of the payload that is to be another, NAME=VALUE as for `run`; null takes it away.",
+        ),
+    ] = (),
+    calls: Annotated[int | None, Parameter(help="At most so many LLM calls from there on.")] = None,
+    server: ServerURL = None,
+    as_json: AsJSON = False,
+) -> int:
+    """Submit a task that goes on after a step of an ended one, and print its id."""
+    draft = ForkDraft(
+        step=step,
+        payload=payload(None, fields=set_field) if set_field else None,
+        limits=LimitsDraft(calls=calls) if calls is not None else None,
+    )
+    made = _on_task(server, lambda client: client.fork(task_id, draft, idempotency_key=str(uuid.uuid4())))
+    if as_json:
+        print_json(made.packet)
+    else:
+        sys.stdout.write(made.packet.task_id + "\n")
+    return Exit.OK
+
+
+@tasks.command
 def delete(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False) -> int:
     """Remove an ended task and its file."""
     _on_task(server, lambda client: client.delete(task_id))
@@ -486,5 +541,6 @@ def _changed(fetched: Fetched, as_json: bool) -> int:
     if as_json:
         print_json(packet)
     else:
-        console().print(f"{packet.task_id} is {packet.status.value}", soft_wrap=True)
+        paused = " and paused" if packet.paused_at is not None else ""
+        console().print(f"{packet.task_id} is {packet.status.value}{paused}", soft_wrap=True)
     return Exit.OK

@@ -24,9 +24,11 @@ from ai_agent_server.core.task_packet import (
     FeedbackReceived,
     InputRequired,
     LLMCall,
+    Paused,
     Progress,
     Recovered,
     Rejected,
+    Resumed,
     Started,
     StepFinished,
     StepStarted,
@@ -64,7 +66,11 @@ def describe(event: AnyTaskEvent) -> tuple[Text, ...]:
     """The lines that tell `event` to a person; none where another line tells it already."""
     match event:
         case Submitted():
-            return ()
+            fork = event.forked_from
+            if fork is None:
+                return ()
+            after = f"after step {fork.step}" if fork.step else "from its beginning"
+            return (_line(f"goes on from task {fork.task_id} {after}", style="dim"),)
         case Started():
             return () if event.generation == 1 else (_line("taken up again", style="yellow"),)
         case Recovered():
@@ -87,6 +93,10 @@ def describe(event: AnyTaskEvent) -> tuple[Text, ...]:
         case InputRequired():
             until = event.expires_at.astimezone().isoformat(sep=" ", timespec="minutes")
             return (_line(f"waits for {event.role} until {until}: {event.question}", style="yellow"),)
+        case Paused():
+            return (_line("paused", style="yellow"),)
+        case Resumed():
+            return (_line("resumed", style="yellow"),)
         case Completed():
             return (Text("completed", style="bold green"),)
         case Failed() | Rejected():
@@ -293,6 +303,8 @@ def what_next(packet: TaskPacket, called: Caller) -> tuple[str, ...]:
         outcome = {"user": "answer", "qa": "pass"}.get(role, "done")
         words = ("tasks", "feedback", me, "--role", role, "--outcome", outcome)
         return (f'{called.command(*words)} --why "..."',)
+    if packet.paused_at is not None:
+        return (called.command("tasks", "resume", me),)
     if not packet.status.is_final:
         return (called.command("watch", me),)
     return (show,)
@@ -308,6 +320,7 @@ def tasks_table(items: Sequence[TaskSummary]) -> RenderableType:
     for item in items:
         status = Text(item.status.value, style=STATUS_STYLE.get(item.status, ""))
         status.append(f" ({item.reason})" if item.reason else "", style="dim")
+        status.append(" (paused)" if item.paused_at is not None else "", style="yellow")
         created = item.created_at.astimezone().isoformat(sep=" ", timespec="seconds")
         usage = item.usage
         table.add_row(

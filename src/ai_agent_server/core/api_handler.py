@@ -54,6 +54,7 @@ from ai_agent_server.core.task_packet import (
     FINAL_EVENTS,
     AnyTaskEvent,
     FeedbackDraft,
+    ForkDraft,
     Progress,
     StepFinished,
     TaskDraft,
@@ -186,6 +187,9 @@ class TaskRoutes:
             get("/api/v1/tasks/{task_id:str}")(self.read),
             delete("/api/v1/tasks/{task_id:str}", status_code=204)(self.delete),
             post("/api/v1/tasks/{task_id:str}/cancel", opt={"counted": False})(self.cancel),
+            post("/api/v1/tasks/{task_id:str}/pause", opt={"counted": False})(self.pause),
+            post("/api/v1/tasks/{task_id:str}/resume", opt={"counted": False})(self.resume),
+            post("/api/v1/tasks/{task_id:str}/fork")(self.fork),
             post("/api/v1/tasks/{task_id:str}/feedback")(self.feedback),
             get("/api/v1/tasks/{task_id:str}/events")(self.events),
         ]
@@ -246,6 +250,32 @@ class TaskRoutes:
         _query(request, NoQuery)
         packet = await self._engine.cancel(_checked_id(task_id))
         return _json(packet, status=200, headers=self._headers(packet))
+
+    async def pause(self, request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
+        """Hold a task."""
+        _query(request, NoQuery)
+        packet = await self._engine.pause(_checked_id(task_id), via="rest")
+        return _json(packet, status=200, headers=self._headers(packet))
+
+    async def resume(self, request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
+        """Let a task go on."""
+        _query(request, NoQuery)
+        packet = await self._engine.resume(_checked_id(task_id), via="rest")
+        return _json(packet, status=200, headers=self._headers(packet))
+
+    async def fork(self, request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
+        """Take a task that goes on after a step of an ended one."""
+        _query(request, NoQuery)
+        key = _idempotency_key(request)
+        is_local = _asks_for_local(request) or _caller(request).privacy == "local"
+        checked = _checked_id(task_id)
+        draft = decode(await self._body(request), ForkDraft)
+        draft = msgspec.structs.replace(draft, privacy="local" if is_local else draft.privacy)
+        packet, is_new = await self._engine.fork(
+            checked, draft, via="rest", idempotency_key=key, sender=_caller(request).sender
+        )
+        headers = {"Location": f"/api/v1/tasks/{packet.task_id}", **self._headers(packet)}
+        return _json(packet, status=202 if is_new else 200, headers=headers)
 
     async def feedback(self, request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
         """Take an outside agent's report."""

@@ -34,6 +34,7 @@ from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
 from ai_agent_server.core.task_packet import (
     Completed,
     FeedbackDraft,
+    ForkDraft,
     Hop,
     LLMCall,
     Started,
@@ -150,6 +151,23 @@ _TASK_FILE = Header(
 _APPLIED = Header(
     "Preference-Applied", "The preference that was followed.", {"type": "string"}, example="wait=30"
 )
+_IDEMPOTENCY_KEY = Header(
+    "Idempotency-Key",
+    "Makes a repeat safe.",
+    {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    example="order-4711",
+)
+_PRIVACY = Header(
+    "X-Privacy",
+    "`local`: no LLM outside this machine sees the task. `any` never weakens what the body says.",
+    {"type": "string", "enum": ["any", "local"]},
+    example="local",
+)
+_PAUSE = (
+    "A step that is under way ends and is kept; no other begins until the task is resumed, also over a "
+    "restart. The status stays what it was, and `paused_at` says since when. Time in which it is paused "
+    "counts towards no limit. Paused already: nothing changes."
+)
 _ROUTING = (
     Header("X-LLM", "The LLM that answered last; absent before.", {"type": "string"}, example="embedded"),
     Header(
@@ -193,20 +211,9 @@ def operations() -> tuple[Operation, ...]:
             "`Idempotency-Key` or `task_id` and body answers the earlier packet.",
             query=SubmitQuery,
             headers=(
-                Header(
-                    "Idempotency-Key",
-                    "Makes a repeat safe.",
-                    {"type": "string", "pattern": "^[!-~]{1,255}$"},
-                    example="order-4711",
-                ),
+                _IDEMPOTENCY_KEY,
                 Header("Prefer", "`wait=N`, in seconds.", {"type": "string"}, example="wait=30"),
-                Header(
-                    "X-Privacy",
-                    "`local`: no LLM outside this machine sees the task. `any` never weakens what the body "
-                    "says.",
-                    {"type": "string", "enum": ["any", "local"]},
-                    example="local",
-                ),
+                _PRIVACY,
             ),
             body=TaskDraft,
             body_example=_DRAFT,
@@ -298,6 +305,67 @@ def operations() -> tuple[Operation, ...]:
                 errors.TaskConflictError,
                 *_STORE_WRITE,
             ),
+        ),
+        *(
+            Operation(
+                method="post",
+                path=f"/api/v1/tasks/{{task_id}}/{verb}",
+                id=f"{verb}Task",
+                tag="tasks",
+                summary=title,
+                about=about,
+                answers=(
+                    Answer(
+                        status=200,
+                        about="The packet as it is now.",
+                        kind=TaskPacket,
+                        example=submitted,
+                        headers=(_TASK_FILE, *_ROUTING),
+                    ),
+                ),
+                problems=(
+                    *_TASK,
+                    errors.InvalidTransitionError,
+                    errors.TaskConflictError,
+                    *_STORE_WRITE,
+                ),
+            )
+            for verb, title, about in (
+                ("pause", "Pause a task", _PAUSE),
+                ("resume", "Let a paused task go on", "Not paused: nothing changes."),
+            )
+        ),
+        Operation(
+            method="post",
+            path="/api/v1/tasks/{task_id}/fork",
+            id="forkTask",
+            tag="tasks",
+            summary="Fork an ended task",
+            about="Takes a new task in the same context that goes on after the given step: what came before "
+            "is copied, and counts towards none of its limits. `payload` and `limits` may differ. "
+            "A repeat with the same `Idempotency-Key` or `task_id` and body answers the earlier packet.",
+            headers=(_IDEMPOTENCY_KEY, _PRIVACY),
+            body=ForkDraft,
+            body_example={"step": 2, "payload": {"language": "python"}, "limits": {"calls": 20}},
+            answers=(
+                Answer(
+                    status=202,
+                    about="Accepted.",
+                    kind=TaskPacket,
+                    example=submitted,
+                    headers=(_LOCATION, _TASK_FILE, *_ROUTING),
+                    links_task=True,
+                ),
+                Answer(
+                    status=200,
+                    about="It was forked so before.",
+                    kind=TaskPacket,
+                    example=done,
+                    headers=(_LOCATION, _TASK_FILE, *_ROUTING),
+                    links_task=True,
+                ),
+            ),
+            problems=(*_TASK, errors.TaskLiveError, *_INTAKE),
         ),
         Operation(
             method="post",

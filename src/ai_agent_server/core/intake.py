@@ -14,6 +14,7 @@ from ai_agent_server.core.packet_json import json_pointer
 from ai_agent_server.core.task_packet import (
     Artifact,
     FeedbackDraft,
+    FeedbackReceived,
     InputRequired,
     TaskDraft,
     TaskPacket,
@@ -102,6 +103,12 @@ def check_feedback(
         raise InvalidTransitionError(
             packet.task_id, f"it has ended ({packet.status}); feedback came too late"
         )
+    if draft.answers is not None:
+        asking = next(
+            (e.seq for e in reversed(packet.history) if isinstance(e, InputRequired | FeedbackReceived)), None
+        )
+        if packet.status is not TaskStatus.INPUT_REQUIRED or asking != draft.answers:
+            raise InvalidTransitionError(packet.task_id, f"question {draft.answers} is not open (any more)")
     if draft.role == "user":
         _one_of(draft.outcome, ("answer",), "user")
         asked = [event.role for event in packet.history if isinstance(event, InputRequired)]

@@ -15,8 +15,10 @@ from ai_agent_server.core.task_packet import (
     FeedbackReceived,
     Hop,
     InputRequired,
+    Paused,
     Reason,
     Recovered,
+    Resumed,
     Started,
     StepFinished,
     StepStarted,
@@ -85,6 +87,10 @@ class StillWaiting(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: datetime
 
 
+class Hold(msgspec.Struct, frozen=True, kw_only=True):
+    """The task is paused."""
+
+
 class EndWell(msgspec.Struct, frozen=True, kw_only=True):
     """The task is completed."""
 
@@ -105,7 +111,7 @@ class Decline(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorDetail
 
 
-Action: TypeAlias = RunStep | AskOutside | StillWaiting | EndWell | EndBadly | Decline
+Action: TypeAlias = RunStep | AskOutside | StillWaiting | Hold | EndWell | EndBadly | Decline
 Report: TypeAlias = StepFinished | FeedbackReceived
 
 
@@ -123,22 +129,54 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 def deadline(packet: TaskPacket) -> datetime | None:
     """When the task's time is used up; None before it began.
 
-    Time in which nobody worked on it does not count: waiting for somebody outside, and the server
-    being away.
+    Time in which nobody worked on it does not count: waiting for somebody outside, being paused, and
+    the server being away.
     """
     if packet.started_at is None:
         return None
-    idle, asked_at, before = timedelta(0), None, packet.started_at
-    for event in packet.history:
-        if isinstance(event, InputRequired):
-            asked_at = event.at
-        elif asked_at is not None and isinstance(event, FeedbackReceived):
-            idle += event.at - asked_at
-            asked_at = None
-        elif asked_at is None and isinstance(event, Recovered):
-            idle += event.at - before
+    return packet.started_at + timedelta(seconds=packet.limits.wall_s) + _idle(packet)
+
+
+def _idle(packet: TaskPacket) -> timedelta:
+    """For how long nobody was to work on the task, up to when it last went on."""
+    began = (place for place, event in enumerate(packet.history) if isinstance(event, Started | Recovered))
+    events = packet.history[next(began, len(packet.history)) :]
+    idle, since = timedelta(0), None
+    asked = paused = False
+    before = packet.started_at
+    for event in events:
+        match event:
+            case InputRequired():
+                asked = True
+            case FeedbackReceived():
+                asked = False
+            case Paused():
+                paused = True
+            case Resumed():
+                paused = False
+            case StepFinished() if since is not None and not asked:
+                since = event.at  # it was under way when the pause came
+            case Recovered() if since is None and before is not None:
+                idle += event.at - before
+            case _:
+                pass
+        if asked or paused:
+            since = since or event.at
+        elif since is not None:
+            idle, since = idle + (event.at - since), None
         before = event.at
-    return packet.started_at + timedelta(seconds=packet.limits.wall_s) + idle
+    return idle
+
+
+def _expiry(packet: TaskPacket, asked: InputRequired) -> datetime:
+    """When a question expires: later by what the task was paused since it was asked."""
+    until, paused_at = asked.expires_at, asked.at
+    for event in packet.history[asked.seq :]:
+        if isinstance(event, Paused):
+            paused_at = event.at
+        elif isinstance(event, Resumed):
+            until += event.at - paused_at
+    return until
 
 
 def next_action(packet: TaskPacket, workflow: Workflow, *, external: frozenset[str], now: datetime) -> Action:
@@ -239,11 +277,14 @@ class _Decision:
         self.versions = _versions(packet, workflow)
 
     def take(self) -> Action:
+        if self.packet.paused_at is not None:
+            return Hold()
         last = self._last()
         if isinstance(last, InputRequired):
-            if self.now >= last.expires_at:
+            expires_at = _expiry(self.packet, last)
+            if self.now >= expires_at:
                 return self._end("input_expired", f"nobody answered for {last.role} in time")
-            return StillWaiting(expires_at=last.expires_at)
+            return StillWaiting(expires_at=expires_at)
         until = deadline(self.packet)
         if until is not None and self.now >= until:
             return self._end("budget_wall", "the time is used up")

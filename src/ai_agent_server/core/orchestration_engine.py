@@ -7,7 +7,7 @@ happen, durably and one writer a task.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import assert_never
 
 import msgspec
@@ -17,6 +17,7 @@ from ai_agent_server.agents.base import Agent, AgentContext, Outcome, RoleSpec
 from ai_agent_server.cluster.base import Leases
 from ai_agent_server.core.chat import ChatUsage, JSONObject, Privacy, RouteHints
 from ai_agent_server.core.exchange import Anybody, BudgetSpentError, Exchange
+from ai_agent_server.core.fork import changed, fork_hash, taken_over
 from ai_agent_server.core.intake import (
     PayloadCheck,
     check_feedback,
@@ -31,6 +32,7 @@ from ai_agent_server.core.next_step import (
     Decline,
     EndBadly,
     EndWell,
+    Hold,
     RunStep,
     StillWaiting,
     deadline,
@@ -47,12 +49,16 @@ from ai_agent_server.core.task_packet import (
     Failed,
     FeedbackDraft,
     FeedbackReceived,
+    Fork,
+    ForkDraft,
     InputRequired,
     Limits,
     LLMCall,
+    Paused,
     Progress,
     Recovered,
     Rejected,
+    Resumed,
     Sender,
     Started,
     StepFinished,
@@ -80,6 +86,7 @@ from ai_agent_server.errors import (
     ShuttingDownError,
     StoreError,
     TaskConflictError,
+    TaskLiveError,
     TaskNotFoundError,
     UnknownRoleError,
 )
@@ -94,6 +101,8 @@ CANCEL_S = 1.0
 """How long a step that was cut off may take to let go."""
 PUT_OFF_S = 120.0
 """For so long a task waits, without a worker, until its sender may use an LLM again."""
+
+_NEVER = datetime.max.replace(tzinfo=UTC)
 
 
 class Role(msgspec.Struct, frozen=True, kw_only=True):
@@ -228,25 +237,64 @@ class OrchestrationEngine:
         sender: Sender | None = None,
     ) -> tuple[TaskPacket, bool]:
         """See `Orchestration.submit`."""
+        packet = self._packet(draft, _own(idempotency_key, sender))
+        submitted = Submitted(at=packet.created_at, via=via, sender=sender)
+        return await self._accept(packet, (submitted,), via)
+
+    async def fork(
+        self,
+        task_id: str,
+        draft: ForkDraft,
+        *,
+        via: Via,
+        idempotency_key: str | None = None,
+        sender: Sender | None = None,
+    ) -> tuple[TaskPacket, bool]:
+        """See `Orchestration.fork`."""
+        origin = await self._store.read(task_id)
+        if not origin.status.is_final:
+            raise TaskLiveError(task_id, f"it has not ended ({origin.status}); an ended task can be forked")
+        copied = taken_over(origin, draft.step)
+        like_it = TaskDraft(
+            payload=changed(origin.payload, draft.payload),
+            task_id=draft.task_id,
+            context_id=origin.context_id,
+            profile=origin.profile,
+            role=origin.role,
+            scope=origin.scope,
+            privacy="local" if "local" in {origin.privacy, draft.privacy} else "any",
+        )
+        packet = msgspec.structs.replace(
+            self._packet(like_it, _own(idempotency_key, sender)),
+            limits=draft.limits.over(origin.limits) if draft.limits else origin.limits,
+            request_sha256=fork_hash(origin, draft),
+        )
+        submitted = Submitted(
+            at=packet.created_at,
+            via=via,
+            sender=sender,
+            forked_from=Fork(task_id=task_id, step=draft.step, seq=1 + len(copied)),
+        )
+        return await self._accept(packet, (submitted, *copied), via)
+
+    async def _accept(
+        self, packet: TaskPacket, events: Sequence[TaskEvent], via: Via
+    ) -> tuple[TaskPacket, bool]:
         if not self._accepting:
             raise ShuttingDownError
-        if idempotency_key is not None and sender is not None and sender.key:
-            # Two who happen on the same key must not get each other's tasks.
-            idempotency_key = f"{sender.key}/{idempotency_key}"
-        packet = self._packet(draft, idempotency_key)
         in_use = len(self._live) + self._reserved
         if in_use >= self._max_live:
             raise IntakeFullError(in_use, self._retry_after_s())
         # Reserved before the write, so that many submissions at once cannot pass the bound together.
         self._reserved += 1
         try:
-            submitted = Submitted(at=packet.created_at, via=via, sender=sender)
-            kept, created = await self._store.create(packet, [submitted])
+            kept, created = await self._store.create(packet, events)
         finally:
             self._reserved -= 1
         if created:
             self._live.add(kept.task_id)
-            self._tell(kept, 0)
+            # What a fork copied happened before, to another task, and was told and counted then.
+            self._tell(kept, kept.history[:1])
             self._enqueue(kept.task_id)
             log.info("task.submitted", task_id=kept.task_id, profile=kept.profile, role=kept.role, via=via)
         return kept, created
@@ -312,6 +360,30 @@ class OrchestrationEngine:
             self._canceling.discard(task_id)
             self._cut.pop(task_id, None)
             self._enqueue(task_id)
+
+    async def pause(self, task_id: str, *, via: Via) -> TaskPacket:
+        """See `Orchestration.pause`."""
+
+        def paused(packet: TaskPacket) -> Sequence[TaskEvent]:
+            return [] if packet.paused_at is not None else [Paused(at=self._clock(), via=via)]
+
+        packet = await self._change(task_id, paused)
+        log.info("task.paused", task_id=task_id, via=via)
+        return packet
+
+    async def resume(self, task_id: str, *, via: Via) -> TaskPacket:
+        """See `Orchestration.resume`."""
+
+        def resumed(packet: TaskPacket) -> Sequence[TaskEvent]:
+            if packet.status.is_final:
+                raise InvalidTransitionError(task_id, f"it has ended ({packet.status}); nothing goes on")
+            return [] if packet.paused_at is None else [Resumed(at=self._clock(), via=via)]
+
+        packet = await self._change(task_id, resumed)
+        log.info("task.resumed", task_id=task_id, via=via)
+        self._waiting_until.pop(task_id, None)
+        self._enqueue(task_id)
+        return packet
 
     async def feedback(
         self, task_id: str, draft: FeedbackDraft, *, via: Via, message_id: str = ""
@@ -507,6 +579,8 @@ class OrchestrationEngine:
             action = next_action(fold(packet, pending), profile.workflow, external=profile.external, now=now)
             if isinstance(action, AskOutside | StillWaiting):
                 self._waiting_until[packet.task_id] = action.expires_at
+            if isinstance(action, Hold):
+                self._waiting_until[packet.task_id] = _NEVER
             if isinstance(action, StillWaiting):
                 return
             events = (*pending, *_announced(action, now))
@@ -545,7 +619,8 @@ class OrchestrationEngine:
 
     def _taken_up(self, packet: TaskPacket) -> tuple[TaskEvent, ...]:
         """What is to be recorded before the first decision: who works on it, what was not written."""
-        working = not packet.status.is_final and packet.status is not TaskStatus.INPUT_REQUIRED
+        held = packet.status is TaskStatus.INPUT_REQUIRED or packet.paused_at is not None
+        working = not packet.status.is_final and not held
         taken = (self._taken(packet),) if working else ()
         self._crashed.discard(packet.task_id)
         unwritten = self._unwritten.pop(packet.task_id, None)
@@ -580,11 +655,10 @@ class OrchestrationEngine:
                 calls=written.usage.calls,
                 tokens=written.usage.tokens,
             )
-        self._tell(written, packet.revision)
+        self._tell(written, written.history[packet.revision :])
         return written
 
-    def _tell(self, packet: TaskPacket, since: int) -> None:
-        news = packet.history[since:]
+    def _tell(self, packet: TaskPacket, news: tuple[AnyTaskEvent, ...]) -> None:
         for listener in self._listeners:
             listener(packet, news)
         self._readers.tell(packet.task_id, news)
@@ -675,6 +749,13 @@ class OrchestrationEngine:
         return max(0.0, (until - self._clock()) / timedelta(seconds=1))
 
 
+def _own(idempotency_key: str | None, sender: Sender | None) -> str | None:
+    """The key as it is kept: two who happen on the same one must not get each other's tasks."""
+    if idempotency_key is None or sender is None or not sender.key:
+        return idempotency_key
+    return f"{sender.key}/{idempotency_key}"
+
+
 def _privacy(packet: TaskPacket, profile: Profile, role: Role) -> Privacy:
     """`local` for a private packet or role, and for all that comes after a private role's step.
 
@@ -694,7 +775,7 @@ def _announced(action: Action, now: datetime) -> tuple[TaskEvent, ...]:
             return () if resumed else (StepStarted(at=now, step=step, role=role, attempt=attempt, hop=hop),)
         case AskOutside(role=role, question=question, expires_at=expires_at, hop=hop):
             return (InputRequired(at=now, role=role, question=question, expires_at=expires_at, hop=hop),)
-        case StillWaiting():
+        case StillWaiting() | Hold():
             return ()
         case EndWell():
             return (Completed(at=now, result=action.result),)

@@ -9,6 +9,7 @@ from ai_agent_server.core.chat import Decision, RouteHints
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
     FeedbackDraft,
+    ForkDraft,
     LLMCall,
     Progress,
     Sender,
@@ -133,6 +134,32 @@ class Orchestration(Protocol):
 
     async def cancel(self, task_id: str) -> TaskPacket:
         """End it now; answers the canceled packet. An ended task is an `InvalidTransitionError`."""
+        ...
+
+    async def fork(
+        self,
+        task_id: str,
+        draft: ForkDraft,
+        *,
+        via: Via,
+        idempotency_key: str | None = None,
+        sender: Sender | None = None,
+    ) -> tuple[TaskPacket, bool]:
+        """Take a new task that goes on after a step of an ended one; a live one is a `TaskLiveError`.
+
+        Answers and raises like `submit`, and `TaskNotFoundError`.
+        """
+        ...
+
+    async def pause(self, task_id: str, *, via: Via) -> TaskPacket:
+        """Hold it after the step that is under way, also over a restart. Paused already: nothing changes.
+
+        An ended task is an `InvalidTransitionError`.
+        """
+        ...
+
+    async def resume(self, task_id: str, *, via: Via) -> TaskPacket:
+        """Let it go on. Not paused: nothing changes. An ended task is an `InvalidTransitionError`."""
         ...
 
     async def feedback(

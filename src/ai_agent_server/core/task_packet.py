@@ -197,11 +197,22 @@ class Sender(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     project: str = ""
 
 
+class Fork(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a task begins that goes on from another one."""
+
+    task_id: str
+    step: int
+    """The last of its steps that was taken over."""
+    seq: int
+    """The new task's events up to this one are copies: they count as nothing that it did itself."""
+
+
 class Submitted(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="task.submitted"):
     """The packet was accepted and is safe."""
 
     via: Via
     sender: Sender | None = None
+    forked_from: Fork | None = None
 
 
 class Started(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, tag="task.started"):
@@ -270,6 +281,18 @@ class InputRequired(TaskEvent, frozen=True, kw_only=True, omit_defaults=True, ta
     """Why that role is asked; None in a task that was kept before this was recorded."""
 
 
+class Paused(TaskEvent, frozen=True, kw_only=True, tag="task.paused"):
+    """Somebody asked to hold it. A step that is under way ends; none begins before `task.resumed`."""
+
+    via: Via
+
+
+class Resumed(TaskEvent, frozen=True, kw_only=True, tag="task.resumed"):
+    """It goes on."""
+
+    via: Via
+
+
 class Completed(TaskEvent, frozen=True, kw_only=True, tag="task.completed"):
     """The task ended well."""
 
@@ -306,6 +329,8 @@ AnyTaskEvent: TypeAlias = (
     | StepFinished
     | FeedbackReceived
     | InputRequired
+    | Paused
+    | Resumed
     | Completed
     | Failed
     | Canceled
@@ -348,6 +373,9 @@ class TaskPacket(msgspec.Struct, frozen=True, kw_only=True):
     """The server that took it last, where several share the tasks; it alone may go on with it."""
     started_at: datetime | None = None
     updated_at: datetime | None = None
+    paused_at: datetime | None = None
+    """Since when it is held; None: it is not. `status` stays what it was."""
+    forked_from: Fork | None = None
     revision: int = 0
     """The `seq` of the last event."""
 
@@ -365,6 +393,7 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     revision: int
     created_at: datetime
     updated_at: datetime | None
+    paused_at: datetime | None = None
     idempotency_key: str | None = None
     request_sha256: str = ""
 
@@ -416,6 +445,22 @@ class FeedbackDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     output: dict[str, Any] | None = None
     code: str | None = None
     failing: tuple[str, ...] = ()
+    answers: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """The `seq` of the `input.required` that this is for: it is refused once that was answered."""
+
+
+class ForkDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A new task in the context of an ended one, which goes on after one of its steps."""
+
+    step: Count
+    """Its steps up to this one are taken over; 0: none, it begins anew."""
+    payload: dict[str, Any] | None = None
+    """Keys of the payload that are to be others; null takes one away."""
+    task_id: str | None = None
+    limits: LimitsDraft | None = None
+    """What is left out is as in the ended task. What that one used does not count."""
+    privacy: Privacy = "any"
+    """`any` never weakens what the ended task has."""
 
 
 def summary(packet: TaskPacket) -> TaskSummary:
@@ -431,6 +476,7 @@ def summary(packet: TaskPacket) -> TaskSummary:
         revision=packet.revision,
         created_at=packet.created_at,
         updated_at=packet.updated_at,
+        paused_at=packet.paused_at,
         idempotency_key=packet.idempotency_key,
         request_sha256=packet.request_sha256,
     )

@@ -13,8 +13,10 @@ from ai_agent_server.core.task_packet import (
     FeedbackReceived,
     Hop,
     InputRequired,
+    Paused,
     Recovered,
     Rejected,
+    Resumed,
     Started,
     StepFinished,
     StepStarted,
@@ -56,6 +58,9 @@ def _apply(packet: TaskPacket, event: TaskEvent) -> TaskPacket:
         raise InvalidTransitionError(
             packet.task_id, f"event {event.seq} cannot follow event {packet.revision}"
         )
+    if packet.forked_from is not None and seq <= packet.forked_from.seq:
+        copied: AnyTaskEvent = msgspec.structs.replace(event, seq=seq)  # type: ignore[assignment]
+        return msgspec.structs.replace(packet, history=(*packet.history, copied), revision=seq)
     placed: AnyTaskEvent = msgspec.structs.replace(event, seq=seq)  # type: ignore[assignment]
     changed = _changes(packet, placed)
     return msgspec.structs.replace(
@@ -72,7 +77,7 @@ def _changes(packet: TaskPacket, event: AnyTaskEvent) -> dict[str, object]:
         case Submitted():
             if packet.revision:
                 raise InvalidTransitionError(packet.task_id, "it was submitted before")
-            return {"status": TaskStatus.SUBMITTED}
+            return {"status": TaskStatus.SUBMITTED, "forked_from": event.forked_from}
         case Started() | Recovered():
             if event.generation <= packet.generation:
                 raise InvalidTransitionError(
@@ -85,7 +90,11 @@ def _changes(packet: TaskPacket, event: AnyTaskEvent) -> dict[str, object]:
                 "holder": event.holder,
                 "started_at": packet.started_at or event.at,
             }
+        case Paused() | Resumed():
+            return _held(packet, event)
         case StepStarted():
+            if packet.paused_at is not None:
+                raise InvalidTransitionError(packet.task_id, "it is paused; no step begins")
             return {"status": TaskStatus.WORKING, "usage": _hopped(packet.usage, event.hop)}
         case StepFinished():
             return {"usage": _used(packet.usage, event)}
@@ -93,21 +102,32 @@ def _changes(packet: TaskPacket, event: AnyTaskEvent) -> dict[str, object]:
             return {"status": TaskStatus.WORKING if packet.generation else packet.status}
         case InputRequired():
             return {"status": TaskStatus.INPUT_REQUIRED, "usage": _hopped(packet.usage, event.hop)}
-        case Completed():
-            return {"status": TaskStatus.COMPLETED, "result": event.result}
-        case Failed():
-            return {
-                "status": TaskStatus.FAILED,
-                "reason": event.reason,
-                "error": event.error,
-                "result": event.result,
-            }
-        case Canceled():
-            return {"status": TaskStatus.CANCELED, "reason": event.reason, "result": event.result}
-        case Rejected():
-            return {"status": TaskStatus.REJECTED, "reason": event.reason, "error": event.error}
+        case Completed() | Failed() | Canceled() | Rejected():
+            return _ended(event)
         case _:
             assert_never(event)
+
+
+def _held(packet: TaskPacket, event: Paused | Resumed) -> dict[str, object]:
+    is_pause = isinstance(event, Paused)
+    if is_pause is (packet.paused_at is not None):
+        raise InvalidTransitionError(
+            packet.task_id, f"it is {'paused already' if is_pause else 'not paused'}"
+        )
+    return {"paused_at": event.at if is_pause else None}
+
+
+_ENDS = {
+    Completed: TaskStatus.COMPLETED,
+    Failed: TaskStatus.FAILED,
+    Canceled: TaskStatus.CANCELED,
+    Rejected: TaskStatus.REJECTED,
+}
+
+
+def _ended(event: Completed | Failed | Canceled | Rejected) -> dict[str, object]:
+    told = {name: getattr(event, name) for name in ("reason", "error", "result") if hasattr(event, name)}
+    return {"status": _ENDS[type(event)], "paused_at": None, **told}
 
 
 def _hopped(usage: Usage, hop: Hop | None) -> Usage:
