@@ -261,6 +261,15 @@ async def test_the_version_that_most_others_agree_with_is_the_best() -> None:
     assert chosen is not None and chosen.artifact.content == SAME[1]
 
 
+async def test_versions_that_only_say_yes_or_no_have_to_agree_twice_as_often() -> None:
+    payload = {**ADD, "entry_point": "is_even", "examples": ["assert is_even(2) == True"]}
+    task, verdicts = Task("developer", "fast-coder", payload), []
+    for number in range(6):
+        wrote(task, f"def is_even(n):\n    return (n + {2 * number}) % 2 == 0\n")
+        verdicts.append((await task.run("qa", Chat(), options=DRAWN)).verdict)
+    assert verdicts == ["unsure"] * 5 + ["pass"]
+
+
 async def test_enough_examples_are_enough() -> None:
     payload = {**ADD, "examples": [ANCHOR, "assert add(0, 0) == 0", "assert add(2, 5) == 7"]}
     outcome = await task_with(GOOD, payload).run("qa", Chat(), options=DRAWN)

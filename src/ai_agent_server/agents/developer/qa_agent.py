@@ -34,6 +34,9 @@ REVIEW: JSONObject = {
 }
 
 
+TWO_VALUES = 2
+
+
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What a version did on the probes: a digest of each value, "" where it had none."""
 
@@ -77,7 +80,8 @@ class QAAgent:
         asked where the task has examples."""
         agree: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
         """Versions drawn apart that have to do the same on inputs like the examples before one of them
-        is accepted; those that pass alone end as `unsure`. 1: passing is enough."""
+        is accepted; those that pass alone end as `unsure`. Twice as many where all that they answer is one
+        of two values. 1: passing is enough."""
         enough_examples: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 3
         """A task with so many examples is held to them alone; no versions have to agree."""
 
@@ -201,7 +205,12 @@ def judge(suite: Suite, anchors: tuple[str, ...], report: TestReport) -> Outcome
 
 
 def agreed(suite: Suite, now: Seen, report: TestReport, wanted: int) -> Outcome:
-    """What passing means where `wanted` versions have to do the same."""
+    """What passing means where `wanted` versions have to do the same.
+
+    Twice as many where there are two values to choose from, as of a function that answers yes or no:
+    there wrong versions agree often.
+    """
+    wanted *= 2 if len(set(filter(None, now.values))) <= TWO_VALUES else 1
     agreeing = 1 + sum(agree(now.values, before.values) for before in suite.seen)
     suite = msgspec.structs.replace(suite, seen=(*suite.seen, now))
     report = msgspec.structs.replace(report, agreeing=agreeing)
