@@ -102,7 +102,7 @@ class AnthropicDouble(HTTPDouble):
             start = {"type": "tool_use", "id": "toolu_1", "name": tool["name"], "input": {}}
             deltas = ["", arguments[:half], arguments[half:]]
             return [(start, [{"type": "input_json_delta", "partial_json": d} for d in deltas])], "tool_use"
-        text = self.reply
+        text = self.text(body)
         if wanted := body.get("output_config", {}).get("format"):
             text = json.dumps(example(wanted["schema"]))
         words = pieces(text)
@@ -179,6 +179,6 @@ class AnthropicDouble(HTTPDouble):
 
     async def _send(self, out: Out, event: Any) -> None:
         # In two writes, so that an event never comes whole by luck.
-        content = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+        content = f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
         await out.piece(content[:20])
         await out.piece(content[20:])

@@ -97,6 +97,14 @@ class HTTPDouble:
         """The body of an error, as this server writes it."""
         raise NotImplementedError
 
+    def text(self, body: Any) -> str:
+        """What is written where `body` asks for no other form."""
+        return self.reply
+
+    def out(self, request: Request, writer: asyncio.StreamWriter) -> "Out":
+        """Where the answer to `request` goes."""
+        return Out(writer)
+
     async def refuse(self, out: "Out") -> bool:
         """Have the fault that comes instead of an answer, if there is one."""
         match self.fault:
@@ -149,7 +157,7 @@ class HTTPDouble:
         while first:
             request = await _read(first, reader)
             self.requests.append(request)
-            out = Out(writer)
+            out = self.out(request, writer)
             answering = asyncio.create_task(self.answer(request, out))
             # The next request's first byte, or nothing: the client closed.
             listening = asyncio.create_task(reader.read(1))
@@ -195,7 +203,7 @@ class Out:
     """The answer's side of a connection."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
+        self.writer = writer
         self.ended = False
 
     async def whole(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
@@ -203,8 +211,8 @@ class Out:
         content = json.dumps(body).encode()
         lines = {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}
         self._head(status, lines)
-        self._writer.write(content)
-        await self._writer.drain()
+        self.writer.write(content)
+        await self.writer.drain()
 
     def begin(self, media_type: str) -> None:
         """The head of a streamed answer."""
@@ -212,8 +220,8 @@ class Out:
 
     async def piece(self, content: bytes) -> None:
         """One piece of a streamed answer."""
-        self._writer.write(b"%x\r\n%s\r\n" % (len(content), content))
-        await self._writer.drain()
+        self.writer.write(b"%x\r\n%s\r\n" % (len(content), content))
+        await self.writer.drain()
 
     async def end(self) -> None:
         """The clean end of a streamed answer."""
@@ -222,16 +230,16 @@ class Out:
     def cut(self) -> None:
         """Close in the middle."""
         self.ended = True
-        self._writer.close()
+        self.writer.close()
 
     def reset(self) -> None:
         """RST."""
         self.ended = True
-        self._writer.transport.abort()
+        self.writer.transport.abort()
 
     def _head(self, status: int, headers: dict[str, str]) -> None:
         lines = [f"HTTP/1.1 {status} Whatever", *(f"{name}: {value}" for name, value in headers.items())]
-        self._writer.write("\r\n".join((*lines, "", "")).encode())
+        self.writer.write("\r\n".join((*lines, "", "")).encode())
 
 
 async def _read(first: bytes, reader: asyncio.StreamReader) -> Request:

@@ -74,7 +74,7 @@ class OllamaDouble(HTTPDouble):
             function = tools[0]["function"]
             call = {"function": {"name": function["name"], "arguments": example(function["parameters"])}}
             return [{"content": "", "tool_calls": [call]}], "stop"
-        text = json.dumps(example(body["format"])) if "format" in body else self.reply
+        text = json.dumps(example(body["format"])) if "format" in body else self.text(body)
         words = pieces(text)
         shown = words[: body["options"].get("num_predict", len(words))]
         return [{"content": word} for word in shown], "stop" if len(shown) == len(words) else "length"
@@ -148,6 +148,6 @@ class OllamaDouble(HTTPDouble):
         return True
 
     async def _send(self, out: Out, line: Any) -> None:
-        content = json.dumps(line).encode() + b"\n"
+        content = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         await out.piece(content[:20])
         await out.piece(content[20:])

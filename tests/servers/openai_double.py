@@ -69,7 +69,7 @@ class OpenAIDouble(HTTPDouble):
                 _call({"index": 0}, arguments=arguments[:half]),
                 _call({"index": 0}, arguments=arguments[half:]),
             ], "tool_calls"
-        text = self.reply
+        text = self.text(body)
         if "response_format" in body:
             text = json.dumps(example(body["response_format"]["json_schema"]["schema"]))
         words = pieces(text)
@@ -166,7 +166,7 @@ class OpenAIDouble(HTTPDouble):
 
     async def _send(self, out: Out, event: Any) -> None:
         # In two writes, so that an event never comes whole by luck.
-        content = f"data: {json.dumps(event)}\n\n".encode()
+        content = f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
         await out.piece(content[:20])
         await out.piece(content[20:])
 

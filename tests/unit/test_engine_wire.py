@@ -18,6 +18,7 @@ from ai_agent_server.core.chat import (
 )
 from ai_agent_server.errors import EngineFailedError, EngineProtocolError
 from ai_agent_server.llm_engines import _openai_wire as wire
+from ai_agent_server.llm_engines._sse import MAX_EVENT_BYTES, Events
 
 
 def fold(*events: Any) -> tuple[list[Any], Any]:
@@ -34,15 +35,15 @@ def choice(delta: Any = None, finish: str | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_events_are_the_same_however_the_bytes_are_cut(size: int) -> None:
     text = ': ping\n\ndata: {"a":"\u2028\u0085é"}\r\n\r\nevent: x\ndata:{"b":1}\n\ndata: [DONE]\n\n'.encode()
-    events = wire.Events(engine="it")
+    events = Events(engine="it")
     found = [event for at in range(0, len(text), size) for event in events.feed(text[at : at + size])]
     assert found == ['{"a":"\u2028\u0085é"}'.encode(), b'{"b":1}', b"[DONE]"]
 
 
 def test_an_event_without_an_end_is_not_kept_for_ever() -> None:
-    events = wire.Events(engine="it")
+    events = Events(engine="it")
     with pytest.raises(EngineProtocolError, match="larger"):
-        for _ in range(wire.MAX_EVENT_BYTES // 2**20 + 1):
+        for _ in range(MAX_EVENT_BYTES // 2**20 + 1):
             events.feed(b"x" * 2**20)
 
 

@@ -175,6 +175,11 @@ class _Delta(msgspec.Struct, frozen=True):
     stop_reason: str | None = None
 
 
+class _Error(msgspec.Struct, frozen=True):
+    type: str = ""
+    message: str = ""
+
+
 class Event(msgspec.Struct, frozen=True):
     """One event of a streamed answer; unknown keys are of no interest."""
 
@@ -184,6 +189,15 @@ class Event(msgspec.Struct, frozen=True):
     content_block: _Block | None = None
     delta: _Delta | None = None
     usage: _Usage | None = None
+    error: _Error | None = None
+
+
+def decode_event(payload: bytes, *, engine: str) -> Event:
+    """One event. Raises `EngineProtocolError`."""
+    try:
+        return msgspec.json.decode(payload, type=Event)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise EngineProtocolError("an event of the answer is malformed", engine=engine) from exc
 
 
 class Answer:

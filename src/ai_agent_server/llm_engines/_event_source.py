@@ -24,6 +24,7 @@ from ai_agent_server.errors import (
 from ai_agent_server.llm_engines import _openai_wire as wire
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import refusal, retry_after_s
+from ai_agent_server.llm_engines._sse import Events
 from ai_agent_server.llm_engines.base import EngineTimeouts
 
 DONE = b"[DONE]"
@@ -73,7 +74,7 @@ class EventSource:
             with self._translated():
                 if response.status != 200:
                     raise await self._refused(response, pace)
-                events = wire.Events(engine=self._engine)
+                events = Events(engine=self._engine)
                 content, is_done = response.content, False
                 while not is_done:
                     # What is there already need not be timed.

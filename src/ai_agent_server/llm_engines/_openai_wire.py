@@ -17,8 +17,6 @@ from ai_agent_server.core.chat import (
 from ai_agent_server.errors import EngineProtocolError
 from ai_agent_server.llm_engines._refusal import in_stream
 
-MAX_EVENT_BYTES = 8 * 1024 * 1024
-
 MaxTokensField: TypeAlias = Literal["max_tokens", "max_completion_tokens"]
 
 _FINISH: dict[str, FinishReason] = {
@@ -237,30 +235,3 @@ class Answer:
         if said not in _FINISH:
             raise EngineProtocolError(f"unknown finish_reason {said!r}", engine=self._engine)
         return _FINISH[said]
-
-
-class Events:
-    """Server-sent events out of bytes: the payload of each `data:` line (these servers never split one).
-
-    Lines end at LF or CRLF alone: a text-mode line splitter also breaks at U+2028 or U+0085,
-    which a model may write inside a JSON string.
-    """
-
-    def __init__(self, *, engine: str) -> None:
-        self._engine = engine
-        self._rest = b""
-
-    def feed(self, piece: bytes) -> list[bytes]:
-        """The events that `piece` completes."""
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise EngineProtocolError("an event is larger than 8 MiB", engine=self._engine)
-        found = []
-        for line in lines:
-            stripped = line.removesuffix(b"\r")
-            if stripped.startswith(b"data:"):
-                found.append(stripped[5:].strip())
-            elif stripped.startswith(b"error:"):
-                # llama.cpp has sent an error's object under this field name.
-                found.append(b'{"error":' + (stripped[6:].strip() or b"true") + b"}")
-        return found

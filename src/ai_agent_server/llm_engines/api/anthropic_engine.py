@@ -7,7 +7,6 @@ from typing import Literal
 import anthropic
 import httpx2
 import msgspec
-from anthropic.types import RawMessageStreamEvent
 
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, JSONObject
 from ai_agent_server.errors import (
@@ -22,6 +21,7 @@ from ai_agent_server.errors import (
 from ai_agent_server.llm_engines import _anthropic_wire as wire
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import in_stream, refusal, retry_after_s, short
+from ai_agent_server.llm_engines._sse import Events
 from ai_agent_server.llm_engines.base import EngineSpec, ModelCard
 from ai_agent_server.loopback import is_loopback_url
 
@@ -90,21 +90,31 @@ class AnthropicEngine:
                     stream=True,
                     extra_body=body,
                 )
+        # The client's reader passes over events whose name it does not know, also where the name is what
+        # a fault has spoiled, and the answer would lack a part that nobody misses.
+        lines, pieces = Events(engine=name), events.response.aiter_bytes()
         try:
             with self._translated():
                 while True:
                     async with pace.waiting():
-                        event = await anext(events, None)
-                    if event is None:
+                        piece = await anext(pieces, None)
+                    if piece is None:
                         break
-                    delta = answer.take(_plain(event, name))
-                    if answer.progressed:
-                        pace.progress()
-                    if delta is not None:
-                        yield delta
+                    for payload in lines.feed(piece):
+                        delta = self._take(answer, payload)
+                        if answer.progressed:
+                            pace.progress()
+                        if delta is not None:
+                            yield delta
             yield answer.end()
         finally:
             await events.close()
+
+    def _take(self, answer: wire.Answer, payload: bytes) -> ChatDelta | None:
+        event = wire.decode_event(payload, engine=self._spec.name)
+        if event.error is not None:
+            raise _in_stream(event.error.type, event.error.message, self._spec)
+        return answer.take(event)
 
     async def models(self) -> tuple[ModelCard, ...]:
         """What the account may use; it says nothing of memory."""
@@ -150,14 +160,6 @@ class AnthropicEngine:
             raise translate(exc, spec=self._spec, connecting=connecting) from exc
 
 
-def _plain(event: RawMessageStreamEvent, engine: str) -> wire.Event:
-    """The client builds its events unchecked; here they are."""
-    try:
-        return msgspec.convert(event, wire.Event, from_attributes=True)
-    except msgspec.ValidationError as exc:
-        raise EngineProtocolError("an event of the answer is malformed", engine=engine) from exc
-
-
 def translate(exc: Exception, *, spec: EngineSpec, connecting: bool) -> EngineError:
     """Our error for one of the client's. `connecting`: nothing of an answer came yet."""
     name = spec.name
@@ -166,8 +168,6 @@ def translate(exc: Exception, *, spec: EngineSpec, connecting: bool) -> EngineEr
             return _from_transport(exc.__cause__, spec, connecting)
         case anthropic.APIConnectionError():
             return _from_transport(exc, spec, connecting)
-        case anthropic.APIStatusError() if exc.status_code < 300:
-            return _in_stream(exc, spec)
         case anthropic.APIStatusError():
             return _refused(exc, spec)
         case anthropic.APIResponseValidationError():
@@ -198,12 +198,11 @@ def _refused(exc: anthropic.APIStatusError, spec: EngineSpec) -> EngineError:
     return refusal(status, said, engine=spec.name, code=code, retry_after_s=after_s, secret=spec.api_key)
 
 
-def _in_stream(exc: anthropic.APIStatusError, spec: EngineSpec) -> EngineError:
+def _in_stream(kind: str, said: str, spec: EngineSpec) -> EngineError:
     """An error event: the HTTP status was 200."""
-    said = exc.api_message or exc.message
-    if exc.type in {"overloaded_error", "rate_limit_error"}:
+    if kind in {"overloaded_error", "rate_limit_error"}:
         return EngineBusyError(short(said, spec.api_key), engine=spec.name)
-    return in_stream(said, engine=spec.name, code=exc.type or "", secret=spec.api_key)
+    return in_stream(said, engine=spec.name, code=kind, secret=spec.api_key)
 
 
 def _from_transport(exc: BaseException, spec: EngineSpec, connecting: bool) -> EngineError:
