@@ -31,8 +31,9 @@ from ai_agent_server.cluster.alone import Alone
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.config.toggles import Toggles
-from ai_agent_server.core.api_handler import WRITE_TIMEOUT_S, create_app
+from ai_agent_server.core.api_handler import KEEP_ALIVE_S, WRITE_TIMEOUT_S, create_app
 from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.event_socket import EventSockets
 from ai_agent_server.core.genai_metrics import GenAIModel
 from ai_agent_server.core.mcp_handler import McpHandler, McpHealth
 from ai_agent_server.core.metrics import Metrics
@@ -380,25 +381,31 @@ async def running(
             stack.push_async_callback(_stopped, watch)
         yield (
             server,
-            Cors(
-                surfaces.lane(
-                    create_app(
-                        engine=engine,
-                        balancer=balancer,
-                        settings=lambda: server.settings,
-                        health=server.health,
-                        metrics=metrics,
-                        reload=server.reload,
-                        task_file=store.location,
-                        version=__version__,
-                        guard=door.guard,
-                        environ=environ,
-                        more=surfaces.handlers,
-                        refused=surfaces.refused,
-                        described=operations(),
-                    )
+            EventSockets(
+                Cors(
+                    surfaces.lane(
+                        create_app(
+                            engine=engine,
+                            balancer=balancer,
+                            settings=lambda: server.settings,
+                            health=server.health,
+                            metrics=metrics,
+                            reload=server.reload,
+                            task_file=store.location,
+                            version=__version__,
+                            guard=door.guard,
+                            environ=environ,
+                            more=surfaces.handlers,
+                            refused=surfaces.refused,
+                            described=operations(),
+                        )
+                    ),
+                    origins=door.origins,
                 ),
-                origins=door.origins,
+                engine=engine,
+                guard=door.guard,
+                keep_alive_s=KEEP_ALIVE_S,
+                write_timeout_s=WRITE_TIMEOUT_S,
             ),
         )
 

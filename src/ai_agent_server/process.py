@@ -80,6 +80,9 @@ async def _serve(
                     server_header=False,
                     # Whoever asks could say in them that he is another address.
                     proxy_headers=False,
+                    ws="wsproto",
+                    # Nothing is read from a WebSocket.
+                    ws_max_size=4096,
                     timeout_graceful_shutdown=max(1, round(server.settings.server.shutdown_s)),
                 ),
                 on_ready=lambda: ready(f"http://{shown}:{bound}"),

@@ -16,6 +16,7 @@ from ai_agent_server.channels.base import ChannelHealth
 from ai_agent_server.config.settings import API_KEY, Settings, load
 from ai_agent_server.core.api_handler import create_app
 from ai_agent_server.core.chat import Candidate, Decision
+from ai_agent_server.core.event_socket import EventSockets
 from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
 from ai_agent_server.core.task_packet import TaskStatus
@@ -103,6 +104,13 @@ class Parts:
             keep_alive_s=keep_alive_s,
             write_timeout_s=write_timeout_s,
         )
+        self.with_sockets = EventSockets(
+            self.app,
+            engine=self.engine,
+            guard=self.door.guard,
+            keep_alive_s=keep_alive_s,
+            write_timeout_s=write_timeout_s,
+        )
 
     def counts(self) -> dict[TaskStatus, int]:
         """Tasks by status."""
@@ -128,11 +136,11 @@ class Parts:
 
 
 @asynccontextmanager
-async def serving(app: Litestar) -> AsyncIterator[str]:
+async def serving(app: Litestar | EventSockets) -> AsyncIterator[str]:
     """`app` on a free port of loopback: its address."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, ws="wsproto", log_config=None, timeout_graceful_shutdown=5))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with asyncio.timeout(20):

@@ -1,10 +1,9 @@
 """The REST API: routes, authentication, problem details, event streams. It decides nothing about tasks."""
 
-import asyncio
 import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
@@ -50,12 +49,10 @@ from ai_agent_server.core.metrics import PROMETHEUS_TEXT, Metrics
 from ai_agent_server.core.packet_json import decode, decode_query
 from ai_agent_server.core.ports import Balancer, HealthReport, Orchestration, ReloadReport
 from ai_agent_server.core.request_body import read_body
+from ai_agent_server.core.task_frames import Frame, frames
 from ai_agent_server.core.task_packet import (
-    FINAL_EVENTS,
-    AnyTaskEvent,
     FeedbackDraft,
     ForkDraft,
-    Progress,
     StepFinished,
     TaskDraft,
     TaskPacket,
@@ -295,7 +292,7 @@ class TaskRoutes:
             since = 0 if query.since is UNSET else query.since
         followed = self._engine.follow(packet.task_id, since=since)
         return EventStream(
-            _frames(packet, followed, keep_alive_s=self._keep_alive_s),
+            _stream(frames(packet, followed, since=since, keep_alive_s=self._keep_alive_s)),
             about={"task_id": packet.task_id},
             write_timeout_s=self._write_timeout_s,
         )
@@ -447,39 +444,18 @@ class ServerRoutes:
         return tuple(_llm_card(view, settings, self._environ) for view in self._balancer.views())
 
 
-async def _frames(
-    packet: TaskPacket, followed: AsyncIterator[AnyTaskEvent | Progress], *, keep_alive_s: float
-) -> AsyncGenerator[bytes]:
-    """The stream's frames: a snapshot, each event, and a comment in every silence."""
-    snapshot = msgspec.structs.replace(packet, history=())
-    yield b"event: snapshot\ndata: " + msgspec.json.encode(snapshot) + b"\n\n"
-    last: AnyTaskEvent | Progress | None = None
-    coming: asyncio.Future[AnyTaskEvent | Progress] | None = None
-    try:
-        while True:
-            coming = asyncio.ensure_future(anext(followed))
-            while not (await asyncio.wait({coming}, timeout=keep_alive_s))[0]:
-                yield b": keep-alive\n\n"
-            try:
-                last = coming.result()
-            except StopAsyncIteration:
-                break
-            yield _frame(last)
-    finally:
-        if coming is not None and not coming.done():
-            coming.cancel()
-            with suppress(asyncio.CancelledError, StopAsyncIteration):
-                await coming
-        if isinstance(followed, AsyncGenerator):
-            await followed.aclose()
-    if not packet.status.is_final and not isinstance(last, FINAL_EVENTS):
-        yield b": cut; come back with Last-Event-ID\n\n"
-
-
-def _frame(event: AnyTaskEvent | Progress) -> bytes:
-    name = str(event.__struct_config__.tag).encode()
-    data = b"event: " + name + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
-    return data if isinstance(event, Progress) else b"id: %d\n" % event.seq + data
+async def _stream(told: AsyncGenerator[Frame]) -> AsyncGenerator[bytes]:
+    """The frames as server-sent events."""
+    async with aclosing(told) as coming:
+        async for frame in coming:
+            match frame.event:
+                case "keep-alive":
+                    yield b": keep-alive\n\n"
+                case "cut":
+                    yield b": cut; come back with Last-Event-ID\n\n"
+                case name:
+                    place = b"id: %d\n" % frame.id if frame.id is not None else b""
+                    yield b"%sevent: %s\ndata: %s\n\n" % (place, name.encode(), bytes(frame.data))
 
 
 def _options(handlers: Sequence[HTTPRouteHandler | ASGIRouteHandler]) -> list[HTTPRouteHandler]:

@@ -404,7 +404,8 @@ def operations() -> tuple[Operation, ...]:
             " each event after `Last-Event-ID` (or `?since=`) with its `seq` as id and its type "
             "as name, once and in order, as it happens; in between `progress` of the running step"
             " (no id). Ends after the final event. Leaving cancels nothing. A reader that is too "
-            "slow is cut, and comes back with the last id it saw.",
+            "slow is cut, and comes back with the last id it saw. A WebSocket at the same path and `/ws` "
+            "tells the same as JSON texts (doc/how_to/follow_a_task.md).",
             query=EventsQuery,
             headers=(
                 Header(

@@ -235,7 +235,7 @@ class Door:
                 f"the key {caller.key!r} is not for this: it needs the scope {needed!r} and has "
                 f"{', '.join(sorted(caller.scopes)) or 'none'}"
             )
-        if scope["method"] == "POST" and needed in _COUNTED_SCOPES and handler.opt.get(COUNTED, True):
+        if scope.get("method") == "POST" and needed in _COUNTED_SCOPES and handler.opt.get(COUNTED, True):
             self._take(self._shares_of(caller), Amounts(requests=1), caller)
 
     def placed(self, caller: Caller, request: ChatRequest) -> Caller:
