@@ -13,16 +13,10 @@ from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import NoStreamResponseError
 
-from ai_agent_server.channels._nats_link import (
-    OPEN_TIMEOUT_S,
-    REQUEST_TIMEOUT_S,
-    Link,
-    Session,
-    stream_of,
-    translated,
-)
+from ai_agent_server.channels._nats_streams import STREAMS, stream_of
 from ai_agent_server.channels.base import ChannelHealth, ChannelState, Delivery
 from ai_agent_server.errors import ChannelClosedError, ChannelError, MessageTooLargeError
+from ai_agent_server.nats_link import OPEN_TIMEOUT_S, REQUEST_TIMEOUT_S, Link, Session, translated
 
 __all__ = ("NatsChannel",)
 
@@ -41,7 +35,7 @@ log = structlog.get_logger(__name__)
 class NatsChannel:
     """`Channel` on a nats-server with JetStream.
 
-    Every subject is kept by a stream (`_nats_link.STREAMS`); a group is a durable pull consumer. A
+    Every subject is kept by a stream (`_nats_streams.STREAMS`); a group is a durable pull consumer. A
     subject outside the layout is a `ChannelError`. `messaging.url` may name several servers of one
     cluster, with commas.
     """
@@ -62,6 +56,7 @@ class NatsChannel:
         embedded: bool = False,
         wait_s: float = 2.0,
         ack_wait_s: float = ACK_WAIT_S,
+        replicas: int = 1,
     ) -> Self:
         """A channel to `url`; `credentials` is `user:password` or a token.
 
@@ -70,7 +65,7 @@ class NatsChannel:
         Waits up to `wait_s` for the server. When it is not there the channel is returned all the
         same, in state `reconnecting`, and goes on trying in the background until `aclose`.
         """
-        link = Link(url, credentials=credentials, name=name)
+        link = Link(url, credentials=credentials, name=name, streams=STREAMS, replicas=replicas)
         link.open()
         try:
             with suppress(ChannelError):

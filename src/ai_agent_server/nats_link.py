@@ -1,7 +1,7 @@
 """The link to a nats-server: one connection after the other, each with the streams in place."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -9,10 +9,9 @@ from urllib.parse import urlsplit
 import structlog
 from nats.aio.client import Client
 from nats.errors import ConnectionClosedError, Error
-from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import StreamConfig
 from nats.js.errors import APIError, BadRequestError
 
-from ai_agent_server.channels.base import DEAD_LETTERS, FEEDBACK, INBOUND, METRICS
 from ai_agent_server.errors import ChannelClosedError, ChannelError
 
 T = TypeVar("T")
@@ -23,68 +22,10 @@ OPEN_TIMEOUT_S = 20.0
 PING_INTERVAL_S = 10  # a peer that vanished without a word is noticed after two of these
 RETRY_FIRST_S, RETRY_LAST_S = 0.05, 2.0
 
-DAY_S = 86_400.0
-MIB = 1024 * 1024
 NAME_IN_USE = 10058
 """JetStream's error code for a stream that exists with another configuration."""
 
-STREAMS = (
-    StreamConfig(
-        name="AI_AGENT_SERVER_INBOUND",
-        subjects=[INBOUND],
-        retention=RetentionPolicy.WORK_QUEUE,
-        storage=StorageType.FILE,
-        # A full queue refuses the publisher; it never drops what another one was promised.
-        discard=DiscardPolicy.NEW,
-        max_msgs=100_000,
-        max_bytes=256 * MIB,
-        duplicate_window=300.0,
-    ),
-    StreamConfig(
-        name="AI_AGENT_SERVER_FEEDBACK",
-        subjects=[FEEDBACK, f"{FEEDBACK}.>"],
-        retention=RetentionPolicy.LIMITS,
-        storage=StorageType.FILE,
-        discard=DiscardPolicy.OLD,
-        max_age=3 * DAY_S,
-        max_msgs_per_subject=100_000,
-        max_bytes=512 * MIB,
-        duplicate_window=300.0,
-    ),
-    StreamConfig(
-        name="AI_AGENT_SERVER_DLQ",
-        subjects=[DEAD_LETTERS],
-        retention=RetentionPolicy.LIMITS,
-        storage=StorageType.FILE,
-        discard=DiscardPolicy.OLD,
-        max_age=30 * DAY_S,
-        max_msgs=10_000,
-        max_bytes=128 * MIB,
-        duplicate_window=300.0,
-    ),
-    StreamConfig(
-        name="AI_AGENT_SERVER_METRICS",
-        subjects=[METRICS],
-        retention=RetentionPolicy.LIMITS,
-        storage=StorageType.MEMORY,
-        discard=DiscardPolicy.OLD,
-        max_age=600.0,
-        max_msgs=16,
-        max_bytes=16 * MIB,
-        duplicate_window=60.0,
-    ),
-)
-
 log = structlog.get_logger(__name__)
-
-
-def stream_of(subject: str) -> str:
-    """The stream that keeps `subject`. Raises `ChannelError` for one that no stream keeps."""
-    for stream in STREAMS:
-        for kept in stream.subjects or ():
-            if subject == kept or (kept.endswith(">") and subject.startswith(kept[:-1])):
-                return str(stream.name)
-    raise ChannelError(f"no stream keeps the subject {subject!r}")
 
 
 @asynccontextmanager
@@ -128,8 +69,9 @@ class Session:
     subscriptions that no longer deliver. A new connection that carries nothing over does neither.
     """
 
-    def __init__(self, client: Client, lost: "asyncio.Future[None]") -> None:
+    def __init__(self, client: Client, lost: "asyncio.Future[None]", streams: Sequence[StreamConfig]) -> None:
         self.client = client
+        self._streams = streams
         self.jetstream = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         self.incarnations: dict[str, str] = {}
         """Stream -> when it was created. A stream that was lost and made anew counts from 1 again."""
@@ -152,7 +94,7 @@ class Session:
     async def ensure_streams(self) -> None:
         """Create the streams that are missing, and bring the others up to the layout."""
         async with self._ensuring:
-            for wanted in STREAMS:
+            for wanted in self._streams:
                 try:
                     info = await self.jetstream.add_stream(wanted)
                 except BadRequestError as exc:
@@ -171,9 +113,22 @@ class Session:
 
 
 class Link:
-    """Keeps a session open as long as there is a server, and makes a new one when it is lost."""
+    """Keeps a session open as long as there is a server, and makes a new one when it is lost.
 
-    def __init__(self, url: str, *, credentials: str | None, name: str) -> None:
+    `url` may name several servers of one NATS cluster, with commas. `streams` are in place in every
+    session, each on `replicas` of these servers.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        credentials: str | None,
+        name: str,
+        streams: Sequence[StreamConfig],
+        replicas: int = 1,
+    ) -> None:
+        self._streams = tuple(stream.evolve(num_replicas=replicas) for stream in streams)
         self._servers = [server.strip() for server in url.split(",")]
         self._login = _login(credentials)
         self._name = name
@@ -276,7 +231,7 @@ class Link:
         problem = ""
         try:
             await apart(connecting, lost, OPEN_TIMEOUT_S)
-            opened = Session(client, lost)
+            opened = Session(client, lost, self._streams)
             await opened.or_lost(opened.ensure_streams(), OPEN_TIMEOUT_S)
             version = client.connected_server_version
             self.version = f"{version.major}.{version.minor}.{version.patch}"
