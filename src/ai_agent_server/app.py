@@ -28,6 +28,9 @@ from ai_agent_server.channels.base import Channel
 from ai_agent_server.channels.memory_channel import MemoryChannel
 from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.cluster.alone import Alone
+from ai_agent_server.cluster.base import Leases, Peers
+from ai_agent_server.cluster.nats_leases import NatsLeases, server_id
+from ai_agent_server.cluster.nats_store import NatsTaskStore, stream
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.config.toggles import Toggles
@@ -48,6 +51,7 @@ from ai_agent_server.gateway.door import Door
 from ai_agent_server.gateway.model_context import ModelContext
 from ai_agent_server.gateway.tool_runner import ReadyTool
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
+from ai_agent_server.nats_link import Link
 from ai_agent_server.sandbox._choose import choose_sandbox
 from ai_agent_server.sandbox.base import SandboxProbe
 from ai_agent_server.surfaces import operations, surfaces_for
@@ -57,7 +61,7 @@ from ai_agent_server.tasks_state.base import Retention, StoreHealth, TaskStore
 
 log = structlog.get_logger(__name__)
 
-NEEDS_RESTART = ("messaging", "store", "sandbox", "server", "accelerators")
+NEEDS_RESTART = ("messaging", "cluster", "store", "sandbox", "server", "accelerators")
 
 
 STORE_LOOK_S = 1.0
@@ -107,6 +111,7 @@ class Server:
         engine: OrchestrationEngine,
         toggles: Toggles,
         store_watch: StoreWatch,
+        leases: Leases,
         messages: McpHandler,
         door: Door,
         cache: AnswerCache,
@@ -119,7 +124,7 @@ class Server:
         self.state_dir = state_dir
         self.store, self.balancer, self.engine = store, balancer, engine
         self._config, self._environ, self._toggles = config, environ, toggles
-        self._store_watch, self._messages = store_watch, messages
+        self._store_watch, self._leases, self._messages = store_watch, leases, messages
         self._door, self._cache = door, cache
         self._sandbox_probe = sandbox_probe
         self._model_context = model_context
@@ -191,6 +196,8 @@ class Server:
             ),
             "gpu": Component(status="ok", detail=self._gpu),
         }
+        if self.settings.cluster.enabled:
+            components["cluster"] = _cluster(self._leases.peers())
         accepting = self.engine.status().accepting
         down = not accepting or any(components[part].status == "down" for part in ("engines", "store"))
         degraded = any(component.status != "ok" for component in components.values())
@@ -225,6 +232,15 @@ def _messaging(messages: McpHealth) -> Component:
     )
 
 
+def _cluster(peers: Peers) -> Component:
+    others = ", ".join(f"{name} ({heard_s:.0f} s ago)" for name, heard_s in sorted(peers.others.items()))
+    return Component(
+        status="ok" if peers.connected else "degraded",
+        detail=f"this is {peers.holder}; others: {others or 'none'}",
+        advice="" if peers.connected else "no other server is heard; see messaging.url",
+    )
+
+
 def _toggles(settings: Settings) -> dict[str, bool]:
     return {name: llm.toggle for name, llm in settings.llms.items()}
 
@@ -249,7 +265,7 @@ async def running(
     Raises `ConfigurationError` or `StoreUnusableError` before anything listens.
     """
     settings = configuration.load(config)
-    store: TaskStore = implementation(tasks_state, settings.store.kind, pointer="/store/kind")(state_dir)
+    own_store: TaskStore = implementation(tasks_state, settings.store.kind, pointer="/store/kind")(state_dir)
     profiles = profiles_for(settings, config.parent if config else None)
     tools = ready_tools(settings, config.parent if config else None)
     strategy, gauges = strategy_for(settings), gauges_for(settings)
@@ -263,8 +279,7 @@ async def running(
             clock=asyncio.get_running_loop().time,
             now=time.time,
         )
-        await store.open()
-        stack.push_async_callback(store.aclose)
+        store, leases = await _opened(own_store, settings, state_dir, environ, stack)
         # Closed after everything that uses: what is used up to the end is kept.
         await stack.enter_async_context(door)
         toggles = await asyncio.to_thread(Toggles, state_dir / "llm_toggles.json")
@@ -292,7 +307,7 @@ async def running(
         engine = OrchestrationEngine(
             profiles=profiles,
             store=store,
-            leases=Alone(),
+            leases=leases,
             llm=balancer,
             senders=door,
             sandbox=sandbox,
@@ -357,6 +372,7 @@ async def running(
             engine=engine,
             toggles=toggles,
             store_watch=store_watch,
+            leases=leases,
             messages=handler,
             door=door,
             cache=cache,
@@ -424,6 +440,37 @@ def _make_folder(state_dir: Path) -> None:
         raise StoreUnusableError(f"the state folder {state_dir} cannot be made: {exc.strerror}") from exc
 
 
+async def _opened(
+    store: TaskStore,
+    settings: Settings,
+    state_dir: Path,
+    environ: Mapping[str, str],
+    stack: AsyncExitStack,
+) -> tuple[TaskStore, Leases]:
+    """The store and the leases, opened: this server's own, or with the store as one of a cluster."""
+    cluster, url = settings.cluster, settings.messaging.url
+    if not cluster.enabled or url is None:
+        await store.open()
+        stack.push_async_callback(store.aclose)
+        return store, Alone()
+    link = Link(
+        url,
+        credentials=configuration.secret(settings.messaging.credentials, environ),
+        name="ai-agent-server tasks",
+        streams=(stream(cluster.state_mb * 1024 * 1024),),
+        replicas=cluster.replicas,
+    )
+    link.open()
+    stack.push_async_callback(link.aclose)
+    shared = NatsTaskStore(link, store)
+    await shared.open()
+    stack.push_async_callback(shared.aclose)
+    server = await asyncio.to_thread(server_id, state_dir, cluster.name)
+    leases = NatsLeases(link, server, lease_s=cluster.lease_s, clock=asyncio.get_running_loop().time)
+    stack.push_async_callback(leases.aclose)
+    return shared, leases.open()
+
+
 async def _channel(
     settings: Settings, state_dir: Path, environ: Mapping[str, str], stack: AsyncExitStack
 ) -> Channel:
@@ -434,7 +481,11 @@ async def _channel(
         return memory
     credentials = configuration.secret(messaging.credentials, environ)
     if messaging.url is not None:
-        channel = await NatsChannel.connect(messaging.url, credentials=credentials)
+        channel = await NatsChannel.connect(
+            messaging.url,
+            credentials=credentials,
+            replicas=settings.cluster.replicas if settings.cluster.enabled else 1,
+        )
     else:
         embedded = await EmbeddedNats.start(state_dir, port=messaging.port, credentials=credentials)
         stack.push_async_callback(embedded.aclose)

@@ -2,7 +2,7 @@
 
 import asyncio
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from ai_agent_server.errors import (
     TaskNotFoundError,
 )
 from ai_agent_server.tasks_state.base import TaskFilter, TaskStore
+from tests.servers.nats import NatsServer
+from tests.servers.shared_store import SharedStore, forget_tasks
 
 Open = Callable[[Path], TaskStore]
 
@@ -46,7 +48,24 @@ def _from_folder(kind: str) -> Open:
     return build
 
 
+NATS = NatsServer()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    NATS.folder = tmp_path_factory.mktemp("nats")
+    NATS.start()
+    yield
+    NATS.kill()
+
+
+@pytest.fixture(autouse=True)
+async def nothing_kept_on_nats() -> None:
+    await forget_tasks(NATS)
+
+
 BUILD: dict[str, Open] = {kind: _from_folder(kind) for kind in sorted(kinds(tasks_state))}
+BUILD["nats_store"] = lambda folder: SharedStore(folder, NATS)
 DURABLE = sorted(set(BUILD) - {"memory_store"})
 
 

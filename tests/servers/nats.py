@@ -15,8 +15,8 @@ from ai_agent_server.channels._embedded_nats import find_nats_server
 class NatsServer:
     """One port and one store; the process between them comes and goes."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path = Path()) -> None:
+        self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self.port = _free_port()
         self.credentials = "tester:a-secret"
@@ -26,17 +26,23 @@ class NatsServer:
         return f"nats://127.0.0.1:{self.port}"
 
     def start(self, **changes: object) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        configuration = self._folder / "nats.conf"
+        """Start it; `changes` are in its configuration beside what every test needs."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        configuration = self.folder / "nats.conf"
         user, _, password = self.credentials.partition(":")
         wanted = {
             "host": "127.0.0.1",
             "port": self.port,
             "authorization": {"user": user, "password": password},
-            "jetstream": {"store_dir": str(self._folder / "store"), "sync_interval": "always"},
-            "log_file": str(self._folder / "nats.log"),
+            "jetstream": {"store_dir": str(self.folder / "store"), "sync_interval": "always"},
+            "log_file": str(self.folder / "nats.log"),
         }
         configuration.write_text(json.dumps(wanted | changes))
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Start it with the configuration that it had."""
+        configuration = self.folder / "nats.conf"
         self._process = subprocess.Popen([find_nats_server(), "-c", configuration])
         _await_port(self.port)
 
@@ -57,7 +63,7 @@ class NatsServer:
 
     def lose_files(self) -> None:
         """Remove every stream; only while it is not running."""
-        shutil.rmtree(self._folder / "store", ignore_errors=True)
+        shutil.rmtree(self.folder / "store", ignore_errors=True)
 
 
 @contextmanager

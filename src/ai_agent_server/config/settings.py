@@ -205,6 +205,20 @@ class MetricsSettings(_Section, frozen=True, kw_only=True):
     generative AI, alone."""
 
 
+class ClusterSettings(_Section, frozen=True, kw_only=True):
+    """Several servers that share their tasks over the nats-server of `messaging.url`."""
+
+    enabled: bool = False
+    name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)] | None = None
+    """How this server is called in tasks' histories; an id of its own is put behind it."""
+    lease_s: Annotated[float, msgspec.Meta(ge=1, le=600)] = 6.0
+    """A server that is silent for so long is taken to be gone, and its tasks are run by the others."""
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+    """On how many servers of a NATS cluster everything is kept: 3 outlives the loss of one."""
+    state_mb: Annotated[int, msgspec.Meta(ge=16, le=100_000_000)] = 1024
+    """How much NATS may keep of the tasks. When it is full new ones are refused."""
+
+
 class StoreSettings(_Section, frozen=True, kw_only=True):
     """Where tasks are kept."""
 
@@ -360,6 +374,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     profiles: dict[str, ProfileSettings]
     balancer: BalancerSettings = BalancerSettings()
     messaging: MessagingSettings = MessagingSettings()
+    cluster: ClusterSettings = ClusterSettings()
     store: StoreSettings = StoreSettings()
     sandbox: SandboxSettings = SandboxSettings()
     server: ServerSettings = ServerSettings()
@@ -546,6 +561,12 @@ def _check_meaning(settings: Settings, source: str) -> None:
     for name, accelerator in settings.accelerators.items():
         if accelerator.headroom_mb >= accelerator.memory_mb:
             raise wrong("headroom_mb leaves no memory", "accelerators", name, "headroom_mb")
+    if settings.cluster.enabled and (settings.messaging.url is None or not settings.messaging.enabled):
+        raise wrong(
+            "servers share their tasks over a nats-server of yours: name it in messaging.url, "
+            "and leave messaging.enabled on",
+            "cluster", "enabled",
+        )  # fmt: skip
     _check_profiles(settings, wrong)
     _check_access(settings, wrong)
     models = ("auto", *get_args(Tier), *settings.llms, *roles_as_models(settings))

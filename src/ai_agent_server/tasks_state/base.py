@@ -108,7 +108,7 @@ class TaskStore(Protocol):
         ...
 
     def observe(self, listener: ForeignListener) -> None:
-        """Be told of what other processes write; to be called before `open`."""
+        """Be told, from now on, of what other processes write."""
         ...
 
     async def aclose(self) -> None:

@@ -1,0 +1,122 @@
+"""Several servers on one NATS: any takes any task, a dead one is replaced, one that wakes is fenced off."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from ai_agent_server.cluster.nats_leases import server_id
+from tests.servers.cluster import Cluster, a_cluster, in_order
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    """Servers `a` and `b`; each test leaves both running and the LLM answering."""
+    async with a_cluster(tmp_path_factory.mktemp("cluster"), "a", "b") as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def answering(cluster: Cluster) -> None:
+    cluster.llm.gate.set()
+    cluster.llm.delay_s = 0.05
+
+
+async def asked(cluster: Cluster, task: str) -> None:
+    """Until the LLM was asked for `task`."""
+    async with asyncio.timeout(60):
+        while not cluster.llm.asked.get(task):
+            await asyncio.sleep(0.02)
+
+
+def holder_of(cluster: Cluster, packet: dict[str, str]) -> str:
+    """The name of the server that has `packet`."""
+    is_a = packet["holder"].split(".")[0] == server_id(cluster.folder / "a", None)
+    return "a" if is_a else "b"
+
+
+async def test_a_task_given_to_one_server_is_read_and_followed_on_another(cluster: Cluster) -> None:
+    task_id = await cluster.submit("a", "one")
+    async with (
+        cluster.client("b") as http,
+        http.stream("GET", f"/api/v1/tasks/{task_id}/events") as answer,
+    ):
+        ids = [int(line[4:]) async for line in answer.aiter_lines() if line.startswith("id: ")]
+    packet = await cluster.ended("b", task_id)
+    assert packet["status"] == "completed"
+    assert packet == await cluster.ended("a", task_id)
+    in_order(packet)
+    assert [seq for seq in ids if seq] == list(range(1, packet["revision"] + 1))
+    assert await cluster.submit("b", "one") == task_id
+    kept = cluster.folder / holder_of(cluster, packet) / "tasks_state"
+    (file,) = kept.rglob(f"{task_id}.json")
+    assert json.loads(file.read_bytes())["revision"] == packet["revision"]
+
+
+async def test_a_task_is_canceled_on_a_server_that_does_not_run_it(cluster: Cluster) -> None:
+    cluster.llm.gate.clear()
+    left = cluster.llm.left
+    task_id = await cluster.submit("a", "stuck")
+    await asked(cluster, "stuck")
+    other = {"a": "b", "b": "a"}[holder_of(cluster, await cluster.read("a", task_id))]
+    async with cluster.client(other) as http:
+        canceled = (await http.post(f"/api/v1/tasks/{task_id}/cancel")).json()
+    assert canceled["status"] == "canceled"
+    async with asyncio.timeout(20):
+        while cluster.llm.left == left:
+            await asyncio.sleep(0.02)
+    for name in "ab":
+        assert await cluster.until(name, task_id, status="canceled") == canceled
+
+
+async def test_a_server_that_was_stopped_and_wakes_up_is_fenced_off(cluster: Cluster) -> None:
+    cluster.llm.gate.clear()
+    task_id = await cluster.submit("a", "frozen")
+    await asked(cluster, "frozen")
+    held = await cluster.read("a", task_id)
+    frozen = holder_of(cluster, held)
+    other = {"a": "b", "b": "a"}[frozen]
+    os.kill(cluster.servers[frozen].pid, signal.SIGSTOP)
+    try:
+        taken = await cluster.until(other, task_id, generation=2)
+        assert taken["holder"] != held["holder"]
+        cluster.llm.gate.set()
+        done = await cluster.ended(other, task_id)
+    finally:
+        os.kill(cluster.servers[frozen].pid, signal.SIGCONT)
+    assert done == await cluster.until(frozen, task_id, status="completed")
+    in_order(done)
+    assert cluster.llm.asked["frozen"] == done["usage"]["calls"] + 1
+    after = await cluster.submit(frozen, "after")
+    assert (await cluster.ended(frozen, after))["status"] == "completed"
+
+
+async def test_kill_9_of_a_server_costs_a_task_one_call_at_most_and_nothing_else(cluster: Cluster) -> None:
+    cluster.llm.delay_s = 0.15
+    tasks = {f"t{n}": await cluster.submit("ab"[n % 2], f"t{n}") for n in range(30)}
+    await cluster.servers["a"].kill()
+    packets = {name: await cluster.ended("b", task_id) for name, task_id in tasks.items()}
+    for name, packet in packets.items():
+        assert packet["status"] == "completed", packet["error"]
+        in_order(packet)
+        assert cluster.llm.asked[name] <= packet["usage"]["calls"] + 1
+    await cluster.start("a")
+
+
+async def test_servers_restarted_one_after_the_other_lose_and_double_nothing(cluster: Cluster) -> None:
+    cluster.llm.delay_s = 0.15
+    tasks = {f"r{n}": await cluster.submit("ab"[n % 2], f"r{n}") for n in range(16)}
+    for name in ("a", "b"):
+        assert await cluster.servers[name].stop() == 0
+        await cluster.start(name)
+    for name, task_id in tasks.items():
+        packet = await cluster.ended("a", task_id)
+        assert packet["status"] == "completed"
+        in_order(packet)
+        assert cluster.llm.asked[name] == packet["usage"]["calls"]
