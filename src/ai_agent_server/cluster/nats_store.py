@@ -218,7 +218,12 @@ class NatsTaskStore:
                 copy = await self._copies.read(task_id)
                 if copy.revision == self._index.get(task_id).revision:
                     return copy
-        return (await self._fetch(task_id)).packet
+        try:
+            return (await self._fetch(task_id)).packet
+        except TaskNotFoundError:
+            if task_id in self._copied:
+                raise
+            return await self._copies.read(task_id)  # which knows what was archived here
 
     async def append(
         self, task_id: str, events: Sequence[TaskEvent], *, expected_revision: int
