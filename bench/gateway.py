@@ -229,7 +229,7 @@ async def load(url: str, connections: int, seconds: float) -> Load:
 
 
 @contextmanager
-def _part(name: str, *arguments: str, core: int) -> Iterator[int]:
+def part(name: str, *arguments: str, core: int) -> Iterator[int]:
     """A part of the measurement in a process of its own: its id."""
     command = [sys.executable, "-m", "bench.gateway", name, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent) as process:
@@ -242,7 +242,7 @@ def _part(name: str, *arguments: str, core: int) -> Iterator[int]:
             process.kill()
 
 
-def _configuration(folder: Path, upstream_url: str) -> Path:
+def configuration(folder: Path, upstream_url: str) -> Path:
     """The packaged configuration with two LLMs at the upstream, a key and limits."""
     document: dict[str, Any] = json.loads(packaged_configuration())
     llm = {
@@ -287,9 +287,9 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         upstream_url, floor_url = "http://127.0.0.1:19001", "http://127.0.0.1:19002"
-        stack.enter_context(_part("upstream", "19001", core=LOAD_CORE))
-        floor_pid = stack.enter_context(_part("floor", "19002", upstream_url, core=SERVER_CORE))
-        ours = stack.enter_context(serving(folder / "state", _configuration(folder, upstream_url)))
+        stack.enter_context(part("upstream", "19001", core=LOAD_CORE))
+        floor_pid = stack.enter_context(part("floor", "19002", upstream_url, core=SERVER_CORE))
+        ours = stack.enter_context(serving(folder / "state", configuration(folder, upstream_url)))
         os.sched_setaffinity(ours.pid, {SERVER_CORE})
         targets = {"floor": (floor_url, floor_pid), "ours": (ours.url, ours.pid)}
         time.sleep(1.0)
