@@ -166,7 +166,10 @@ def balancer(outside: OutsideAPI) -> tuple[BalancedEngine, APIEngine, tuple[Fail
             "vault": Member(settings=vault, engine=locked),
         },
         strategy=ResidentFirst(),
-        settings=BalancerSettings(circuit=CircuitSettings(failures=5, cooldown_s=1.0), max_wait_s=20.0),
+        # Whoever has to wait at all goes to the API, if it may.
+        settings=BalancerSettings(
+            circuit=CircuitSettings(failures=5, cooldown_s=1.0), max_wait_s=20.0, spill_after_s=0.0
+        ),
         clock=skipped.clock,
         rng=random.Random(3),
         sleep=skipped.sleep,

@@ -34,6 +34,7 @@ class SlowEngine:
         self.loaded = False
         self.fails_to_load = self.stays = self.says_nothing = False
         self.busy_for_s = 0.0
+        self.refuses = False
         self.load_gate = asyncio.Event()
         self.load_gate.set()
         self.running = self.most_running = self.cut = self.closed = 0
@@ -47,6 +48,8 @@ class SlowEngine:
         self.card.said.append(f"{self.name}: {request.messages[-1].text}")
         try:
             await self.go.wait()
+            if self.refuses:
+                raise EngineFailedError("out of order", engine=self.name)
             if self.busy_for_s:
                 raise EngineBusyError("full", engine=self.name, retry_after_s=self.busy_for_s)
             yield ChatDelta(text="yes", model=self.name)
@@ -139,11 +142,12 @@ def balanced(
     max_wait_s: float = 30.0,
     max_queued: int = 100,
     gauge: Device | None = None,
+    spill_after_s: float | None = None,
 ) -> BalancedEngine:
     return BalancedEngine(
         {name: Member(settings=settings, engine=engine) for name, (settings, engine) in members.items()},
         strategy=ResidentFirst(),
-        settings=BalancerSettings(max_wait_s=max_wait_s),
+        settings=BalancerSettings(max_wait_s=max_wait_s, spill_after_s=spill_after_s),
         clock=time.monotonic,
         rng=random.Random(3),
         accelerators={
@@ -480,6 +484,75 @@ async def test_an_llm_that_is_switched_off_answers_none_of_those_who_wait_for_it
         with suppress(NoLLMError):
             await second
         assert b.most_running == 0
+
+
+@asynccontextmanager
+async def beside_an_api(spill_after_s: float) -> AsyncIterator[tuple[BalancedEngine, SlowEngine, SlowEngine]]:
+    card = Card(a=900)
+    a, api = card.engine("a"), SlowEngine(Card(api=0), "api")
+    api.loaded = True
+    far = llm("api", source="api", accelerator=None, memory_mb=None)
+    engine = balanced({"a": (llm("a"), a), "api": (far, api)}, spill_after_s=spill_after_s)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            yield engine, a, api
+    finally:
+        a.go.set()
+        await engine.aclose()
+
+
+async def test_what_would_wait_longer_than_it_should_an_api_serves() -> None:
+    async with beside_an_api(spill_after_s=12) as (engine, a, api):
+        await engine.load("a")
+        a.go.clear()
+        first = ask(engine, "a", allowed=["a"])
+        await until(lambda: a.running == 1)
+        # By the first guess an answer takes ten seconds.
+        second = ask(engine, "a", allowed=["a"])
+        await until(lambda: len(view(engine).queue) == 1)
+        third = await ask(engine, "a")
+        assert third.llm == "api"
+        assert third.decision is not None
+        refused = {each.llm: each.refused_by for each in third.decision.candidates}
+        assert refused == {"api": None, "a": "LB-11 spill"}
+        assert api.card.said == ["api: ?"]
+        a.go.set()
+        assert (await first).llm == (await second).llm == "a"
+
+
+async def test_what_has_waited_longer_than_foretold_an_api_serves_but_nothing_private() -> None:
+    async with beside_an_api(spill_after_s=2) as (engine, a, api):
+        for _ in range(2):
+            await ask(engine, "a", allowed=["a"])
+        a.go.clear()
+        first = ask(engine, "a", allowed=["a"])
+        await until(lambda: a.running == 1)
+        waits = ask(engine, "a", "waits")
+        private = ask(engine, "a", "private", privacy="local")
+        background = ask(engine, "a", "background", urgency="background")
+        await until(lambda: len(view(engine).queue) == 3)
+        assert (await waits).llm == "api"
+        assert view(engine).recent[0].why == "GQ-13 served elsewhere"
+        a.go.set()
+        assert (await first).llm == (await private).llm == "a"
+        assert [each.urgency for each in view(engine).queue] == ["background"]
+        assert api.card.said == ["api: waits"]
+        background.cancel()
+        await asyncio.wait((background,))
+
+
+async def test_what_an_api_fails_to_serve_is_served_here_after_all() -> None:
+    async with beside_an_api(spill_after_s=0) as (engine, a, api):
+        api.refuses = True
+        a.go.clear()
+        first = ask(engine, "a", allowed=["a"])
+        await until(lambda: a.running == 1)
+        waits = ask(engine, "a", "waits")
+        await until(lambda: api.most_running == 1)
+        await until(lambda: len(view(engine).queue) == 1)
+        a.go.set()
+        assert (await waits).llm == "a"
+        await first
 
 
 async def test_who_waits_for_an_llm_that_is_switched_off_is_told_at_once() -> None:

@@ -5,7 +5,7 @@ from importlib import resources
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ai_agent_server import discovery
@@ -151,6 +151,44 @@ def test_a_strategy_cannot_bring_back_what_a_rule_refused() -> None:
     assert {candidate.llm for candidate in decision.candidates} == {"api-main", "local-small"}
 
 
+BUSY = changed(LOCAL, wait_s=90.0)
+SAME_TIER = changed(API, tier="small")
+
+
+@pytest.mark.parametrize(
+    ("views", "wanted", "chosen"),
+    [
+        ((BUSY, API), Requirements(), "api-main"),
+        ((changed(LOCAL, wait_s=30.0), API), Requirements(), "local-small"),
+        ((changed(LOCAL, wait_s=30.0), API), Requirements(overdue=True), "api-main"),
+        ((BUSY, changed(LOCAL, name="idle"), API), Requirements(), "idle"),
+        ((BUSY,), Requirements(), "local-small"),
+        ((BUSY, API), Requirements(privacy="local"), "local-small"),
+        ((BUSY, API), Requirements(privacy="local", overdue=True), "local-small"),
+        ((changed(BUSY, locked=True), SAME_TIER), NAMED, "local-small"),
+        ((BUSY, SAME_TIER), NAMED, "api-main"),
+        ((BUSY, API), NAMED, "local-small"),
+        ((BUSY, API), Requirements(allowed=("local-small",)), "local-small"),
+        ((BUSY, changed(API, cost_per_million_output_usd=10)), Requirements(max_cost_usd=0.0), "local-small"),
+        ((BUSY, changed(API, circuit="open")), Requirements(), "local-small"),
+        ((BUSY, API), Requirements(exclude=frozenset({"api-main"})), "local-small"),
+        ((BUSY, API), Requirements(urgency="background"), "local-small"),
+        (
+            tuple(changed(view, capabilities=frozenset({"embeddings"})) for view in (BUSY, API)),
+            Requirements(needs=frozenset({"embeddings"})),
+            "local-small",
+        ),
+    ],
+)
+def test_what_waits_too_long_here_an_api_serves_where_one_may(
+    views: tuple[LLMView, ...], wanted: Requirements, chosen: str
+) -> None:
+    decision = decide(wanted, views, ResidentFirst(), strategy_name="resident_first", spill_after_s=60)
+    assert decision.chosen == chosen
+    if chosen == "api-main":
+        assert {each.refused_by for each in decision.candidates} <= {None, "LB-11 spill"}
+
+
 ABILITIES: tuple[Capability, ...] = ("chat", "tools", "json_schema", "vision")
 NAMES = ("a", "b", "c", "d")
 
@@ -172,6 +210,7 @@ def some_view(name: str) -> st.SearchStrategy[LLMView]:
         in_flight=st.integers(0, 8),
         resident=st.sampled_from([True, False, None]),
         tokens_per_s=st.none() | st.floats(0.1, 1000),
+        wait_s=st.none() | st.floats(0, 300),
     )
 
 
@@ -188,6 +227,7 @@ some_wanted = st.builds(
     input_tokens=st.integers(0, 8000),
     max_cost_usd=st.none() | st.floats(0, 1),
     exclude=st.frozensets(st.sampled_from(NAMES), max_size=2),
+    urgency=st.sampled_from(["interactive", "batch", "background"]),
 )
 every_strategy = st.sampled_from(sorted(discovery.kinds(strategies)))
 
@@ -217,6 +257,41 @@ def test_every_decision_keeps_its_promises(
         assert wanted.llm in by_name, "an unknown assignment serves nobody"
         assigned = by_name[wanted.llm]
         assert chosen.name == assigned.name or (not assigned.locked and chosen.tier == assigned.tier)
+
+
+@settings(max_examples=400, deadline=None)
+@given(some_wanted, some_views, every_strategy, st.sampled_from((0.0, 20.0)), st.booleans())
+def test_spilling_never_leaves_what_a_rule_keeps_and_always_keeps_its_time(
+    wanted: Requirements, views: tuple[LLMView, ...], kind: str, spill_after_s: float, overdue: bool
+) -> None:
+    strategy = discovery.implementation(strategies, kind)()
+    before = decide(wanted, views, strategy, strategy_name=kind)
+    wanted = msgspec.structs.replace(wanted, overdue=overdue)
+    after = decide(wanted, views, strategy, strategy_name=kind, spill_after_s=spill_after_s)
+    by_name = {view.name: view for view in views}
+    spilled = [each for each in after.candidates if each.refused_by == "LB-11 spill"]
+    if not spilled:
+        assert {each.llm for each in after.candidates if each.refused_by is None} == {
+            each.llm for each in before.candidates if each.refused_by is None
+        }
+    assert (after.chosen is None) == (before.chosen is None)
+    if after.chosen is None:
+        return
+    chosen = by_name[after.chosen]
+    apis = [
+        each.llm for each in after.candidates if each.refused_by is None and by_name[each.llm].source == "api"
+    ]
+    if spilled:
+        assert apis, "refused though no API may serve"
+        assert wanted.privacy != "local"
+        assert wanted.urgency != "background"
+        assert not any(view.locked for view in views if view.name == wanted.llm)
+    for name in apis:
+        cost = estimate.cost_usd(by_name[name], wanted.input_tokens, wanted.output_tokens)
+        assert wanted.max_cost_usd is None or cost <= wanted.max_cost_usd
+    if chosen.source == "local" and apis and wanted.urgency != "background":
+        assert not overdue
+        assert estimate.queue_s(chosen, wanted.output_tokens) + estimate.load_s(chosen) <= spill_after_s
 
 
 @given(some_wanted, some_views, every_strategy)

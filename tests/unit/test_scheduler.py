@@ -37,6 +37,7 @@ from ai_agent_server.load_balancer.scheduler import (
     Rules,
     Scheduler,
     Sized,
+    Spilled,
     Start,
     Tick,
     Unload,
@@ -607,6 +608,16 @@ def test_those_who_wait_for_a_model_that_may_not_serve_are_sent_back() -> None:
     assert card.state("a") == "warm"
 
 
+def test_who_waited_for_long_enough_is_sent_back_and_who_is_served_is_not() -> None:
+    card = Card()
+    card.warm("a")
+    card.ask("a")
+    card.ask("a")
+    assert card.tell(Spilled(request="a1")) == []
+    assert card.tell(Spilled(request="a2")) == ["refuse a2"]
+    assert card.tell(Spilled(request="a2")) == []
+
+
 def test_a_model_that_somebody_wants_out_goes_once_its_answers_have_ended() -> None:
     card = Card()
     card.warm("a")
@@ -884,6 +895,7 @@ anything = st.one_of(
     st.builds(Measured, llm=LLMS, memory_mb=st.floats(0, 20_000)),
     st.builds(ExternalMemory, memory_mb=st.floats(0, 20_000)),
     st.builds(Recalled, llm=LLMS),
+    st.builds(Spilled, request=st.integers(0, 40).map(str)),
     st.builds(Dismissed, llm=LLMS),
     st.just(Tick()),
 )

@@ -178,6 +178,10 @@ class BalancerSettings(_Section, frozen=True, kw_only=True):
     circuit: CircuitSettings = CircuitSettings()
     retry: RetrySettings = RetrySettings()
     max_wait_s: Seconds = 120.0
+    spill_after_s: Seconds | None = None
+    """What would wait, or has waited, longer than this for an LLM of this machine goes to an API that may
+    serve it: never what is private or assigned to a locked LLM, nor background work, nor past a bound on
+    cost. By default waiting alone refuses no LLM, and the strategy weighs it."""
 
 
 class MessagingSettings(_Section, frozen=True, kw_only=True):

@@ -37,6 +37,7 @@ from ai_agent_server.load_balancer.scheduler import (
     Scheduler,
     Seat,
     Sized,
+    Spilled,
     Start,
     Tick,
     Unload,
@@ -108,13 +109,27 @@ class AcceleratorQueue:
 
     # What is asked of it
 
-    async def turn(self, llm: str, *, key: str, urgency: Urgency) -> Start | Refuse:
-        """Wait until a request for `llm` may be sent, or is refused. A `Start` is given back by `leave`."""
+    async def turn(
+        self,
+        llm: str,
+        *,
+        key: str,
+        urgency: Urgency,
+        spill_after_s: float = math.inf,
+        spills: Callable[[], bool] = lambda: False,
+    ) -> Start | Refuse:
+        """Wait until a request for `llm` may be sent, or is refused. A `Start` is given back by `leave`.
+
+        Where it still waits after `spill_after_s`, and `spills` says so, it is refused to be placed again.
+        """
         request = f"{self.name}.{next(self._numbers)}"
         answer: asyncio.Future[Start | Refuse] = asyncio.get_running_loop().create_future()
         if self._closed:
             return Refuse(request=request, retry_after_s=None, why="the balancer is closed")
         self._waiting[request] = answer
+        timer: asyncio.Task[None] | None = None
+        if spill_after_s < math.inf:
+            timer = self._own(self._spill_later(request, spill_after_s, spills), f"spill of {request}")
         try:
             self._tell(Arrived(request=request, llm=llm, key=key, urgency=urgency))
             return await answer
@@ -123,6 +138,8 @@ class AcceleratorQueue:
             raise
         finally:
             self._waiting.pop(request, None)
+            if timer is not None:
+                timer.cancel()
 
     def leave(self, request: str, *, answered: bool) -> None:
         """A request that was let in has ended."""
@@ -314,9 +331,18 @@ class AcceleratorQueue:
         self._orders += 1
         # Kept open from here: a reload closes the engine once what was ordered is done.
         self._llms[llm].enter()
-        task = asyncio.create_task(work, name=f"residency of {llm}")
+        self._own(work, f"residency of {llm}")
+
+    def _own(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _spill_later(self, request: str, after_s: float, spills: Callable[[], bool]) -> None:
+        await self._sleep(after_s)
+        if request in self._waiting and not self._waiting[request].done() and spills():
+            self._tell(Spilled(request=request))
 
     async def _load(self, llm: str, engined: Engined) -> None:
         try:

@@ -32,6 +32,10 @@ class Journey:
     last_error: EngineError | None = None
     waited_s: float = 0.0
 
+    def now_overdue(self) -> None:
+        """It has waited on this machine for as long as it should."""
+        self.wanted = msgspec.structs.replace(self.wanted, overdue=True)
+
     def exclude(self, *names: str) -> None:
         """These LLMs are asked no more."""
         self.wanted = msgspec.structs.replace(self.wanted, exclude=self.wanted.exclude.union(names))
@@ -132,6 +136,13 @@ class Admission:
         journey.waited_s += lease.waited_s
         return lease
 
+    def spills_in_s(self, journey: Journey) -> float:
+        """For how long it may wait on before an API is to serve it; infinite where none is to any more."""
+        bound_s = self.settings.spill_after_s
+        if bound_s is None or journey.wanted.overdue:
+            return math.inf
+        return max(0.0, bound_s - journey.waited_s)
+
     def release(self, lease: Lease) -> None:
         """The stream ended, however it did."""
         standing = lease.standing
@@ -176,11 +187,17 @@ class Admission:
             self._end(waiter, NoLLMError("the balancer is closed", refusals={}))
 
     async def _wait(self, waiter: _Waiter, deadline_s: float) -> Lease:
+        journey, began_s = waiter.journey, self._clock()
         while not waiter.granted.done():
             now_s = self._clock()
             if now_s >= deadline_s:
                 return self._last_resort(waiter)
-            waiter.wakes_s = min(deadline_s, self._next_half_open_s(now_s))
+            spills_s = began_s + self.spills_in_s(journey)
+            if now_s >= spills_s:
+                journey.now_overdue()
+                self.dispatch()
+                continue
+            waiter.wakes_s = min(deadline_s, spills_s, self._next_half_open_s(now_s))
             sleeper: asyncio.Future[Any] = asyncio.ensure_future(self._sleep(waiter.wakes_s - now_s))
             waiter.sleeper = sleeper
             try:
@@ -275,7 +292,13 @@ class Admission:
         return nobody
 
     def _decide(self, wanted: Requirements, views: tuple[LLMView, ...]) -> Decision:
-        return decide(wanted, views, self.strategy, strategy_name=self.settings.strategy)
+        return decide(
+            wanted,
+            views,
+            self.strategy,
+            strategy_name=self.settings.strategy,
+            spill_after_s=self.settings.spill_after_s,
+        )
 
     def _views(self, waiting: Mapping[str | None, int]) -> tuple[LLMView, ...]:
         now_s = self._clock()

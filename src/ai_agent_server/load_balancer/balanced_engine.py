@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -32,7 +33,7 @@ from ai_agent_server.load_balancer.base import (
     Requirements,
     Sent,
 )
-from ai_agent_server.load_balancer.scheduler import CONFIGURED_ANEW, RECALLED, Refuse, Start
+from ai_agent_server.load_balancer.scheduler import CONFIGURED_ANEW, RECALLED, SPILLED, Refuse, Start
 from ai_agent_server.load_balancer.standing import HeldEngine, Member, Standing, same_engine
 from ai_agent_server.memory_gauges.base import MemoryGauge
 
@@ -321,9 +322,15 @@ class BalancedEngine:
                 # A reload came between: its engine is to be closed, which would wait for this very request.
                 self._admission.release(lease)
                 continue
-            asked_s, wanted = self._clock(), journey.wanted
+            asked_s = self._clock()
             try:
-                turn = await lease.queue.turn(lease.standing.name, key=wanted.key, urgency=wanted.urgency)
+                turn = await lease.queue.turn(
+                    lease.standing.name,
+                    key=journey.wanted.key,
+                    urgency=journey.wanted.urgency,
+                    spill_after_s=self._admission.spills_in_s(journey),
+                    spills=partial(self._spills, journey),
+                )
             except BaseException:
                 self._admission.release(lease)
                 raise
@@ -337,6 +344,12 @@ class BalancedEngine:
                 return lease
             self._admission.release(lease)
             _note_refusal(journey, lease.standing.name, turn)
+
+    def _spills(self, journey: Journey) -> bool:
+        """It waited here for as long as it should: whether an API is to serve it now."""
+        journey.now_overdue()
+        chosen = self._admission.decide(journey.wanted).chosen
+        return chosen is not None and self._named(chosen).settings.source == "api"
 
     async def _load_in_turn(self, standing: Standing, queue: AcceleratorQueue) -> None:
         turn = await queue.turn(standing.name, key="", urgency="interactive")
@@ -560,7 +573,7 @@ def _is_the_askers(error: EngineError) -> bool:
 
 def _note_refusal(journey: Journey, name: str, refusal: Refuse) -> None:
     """An accelerator's queue said no: the request goes elsewhere, or ends with when to come again."""
-    if refusal.why in {CONFIGURED_ANEW, RECALLED}:
+    if refusal.why in {CONFIGURED_ANEW, RECALLED, SPILLED}:
         return  # to be placed again
     journey.failures[name] = refusal.why
     journey.exclude(name)

@@ -66,6 +66,8 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True):
     key: str = ""
     exclude: frozenset[str] = frozenset()
     """LLMs that already failed this very request."""
+    overdue: bool = False
+    """It has waited on this machine for as long as it should."""
 
 
 class MemoryView(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import msgspec
 
 from ai_agent_server.core.chat import Candidate, Decision
 from ai_agent_server.load_balancer.base import BalancingStrategy, LLMView, Requirements, Scored
-from ai_agent_server.load_balancer.estimate import OUTPUT_TOKENS, cost_usd
+from ai_agent_server.load_balancer.estimate import OUTPUT_TOKENS, cost_usd, load_s, queue_s
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +20,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """The LLM that `wanted.llm` names, None where there is none of that name."""
     assigned_serves: bool = False
     """Whether no rule refuses the assigned LLM."""
+    spill_after_s: float | None = None
+    """What waits longer than this here an API serves; None where none may."""
 
 
 class Rule(msgspec.Struct, frozen=True):
@@ -43,12 +45,14 @@ def decide(
     strategy: BalancingStrategy,
     *,
     strategy_name: str,
+    spill_after_s: float | None = None,
 ) -> Decision:
     """Which LLM serves, and why; candidates best first, then the refused in the order given.
 
-    A strategy only orders: an LLM that a rule refused cannot be chosen, whatever a strategy answers.
+    What would wait longer than `spill_after_s` on this machine goes to an API that may serve it. A strategy
+    only orders: an LLM that a rule refused cannot be chosen, whatever a strategy answers.
     """
-    asked = _asked(wanted, views)
+    asked = _asked(wanted, views, spill_after_s)
     verdicts = {view.name: _judge(view, asked) for view in views}
     allowed = tuple(view for view in views if verdicts[view.name] is None)
     ranked = _ranked(strategy, wanted, allowed)
@@ -75,12 +79,23 @@ def refusals(decision: Decision) -> dict[str, str]:
     }
 
 
-def _asked(wanted: Requirements, views: tuple[LLMView, ...]) -> Asked:
+def _asked(wanted: Requirements, views: tuple[LLMView, ...], spill_after_s: float | None) -> Asked:
     assigned = next((view for view in views if view.name == wanted.llm), None)
     asked = Asked(wanted=wanted, assigned=assigned)
+    if spill_after_s is not None and _may_spill(asked, views):
+        asked = msgspec.structs.replace(asked, spill_after_s=spill_after_s)
     if assigned is None:
         return asked
     return msgspec.structs.replace(asked, assigned_serves=_judge(assigned, asked) is None)
+
+
+def _may_spill(asked: Asked, views: tuple[LLMView, ...]) -> bool:
+    """Whether an API would serve if nobody on this machine did. Background has time, and an index holds the
+    vectors of one model."""
+    wanted = asked.wanted
+    if wanted.urgency == "background" or "embeddings" in wanted.needs:
+        return False
+    return any(view.source == "api" and _judge(view, asked) is None for view in views)
 
 
 def _judge(view: LLMView, asked: Asked) -> Candidate | None:
@@ -224,6 +239,18 @@ def _budget(view: LLMView, asked: Asked) -> str | None:
     return None
 
 
+def _spill(view: LLMView, asked: Asked) -> str | None:
+    bound_s = asked.spill_after_s
+    if bound_s is None or view.source == "api":
+        return None
+    if asked.wanted.overdue:
+        return f"the request has waited its {bound_s:g} s on this machine; an API serves it"
+    wait_s = queue_s(view, asked.wanted.output_tokens) + load_s(view)
+    if wait_s > bound_s:
+        return f"a wait of about {wait_s:.0f} s; after {bound_s:g} s an API serves"
+    return None
+
+
 def _tried(view: LLMView, asked: Asked) -> str | None:
     if view.name in asked.wanted.exclude:
         return "it failed this request, or had no free slot for all of the wait"
@@ -248,6 +275,7 @@ RULES: tuple[Rule, ...] = (
     Rule(6, "context", _context),
     Rule(7, "budget", _budget),
     Rule(8, "tried", _tried),
+    Rule(11, "spill", _spill),
     # Last, so that what a temporary rule refused was let through by every other.
     Rule(9, "circuit", _circuit, temporary=True),
 )

@@ -29,6 +29,7 @@ MAX_KEYS = 1024
 LONGEST_RETRY_S = 120.0
 CONFIGURED_ANEW = "GQ-10 configured anew"
 RECALLED = "GQ-12 called back"
+SPILLED = "GQ-13 served elsewhere"
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +143,12 @@ class Recalled(msgspec.Struct, frozen=True, kw_only=True):
     llm: str
 
 
+class Spilled(msgspec.Struct, frozen=True, kw_only=True):
+    """`request` has waited for long enough: somebody else is to serve it."""
+
+    request: str
+
+
 class Dismissed(msgspec.Struct, frozen=True, kw_only=True):
     """Somebody wants `llm` out of memory: once, as soon as its answers have ended."""
 
@@ -165,6 +172,7 @@ Event: TypeAlias = (
     | Configured
     | Retired
     | Recalled
+    | Spilled
     | Dismissed
     | Tick
 )
@@ -455,10 +463,8 @@ class Scheduler:
                 self._configured(event)
             case Retired(llm=llm):
                 self._retired(llm)
-            case Recalled(llm=llm):
-                self._refuse_all(self._seats[llm], 0.0, RECALLED)
-            case Dismissed(llm=llm):
-                self._seats[llm].dismissed = self._seats[llm].state in {"loading", "warm"}
+            case Recalled() | Spilled() | Dismissed():
+                self._asked(event)
             case Tick():
                 pass
         self._settle()
@@ -632,6 +638,17 @@ class Scheduler:
         seat.retiring -= 1
         if not seat.retiring and seat.state != "cold":
             self._go(seat)
+
+    def _asked(self, event: Recalled | Spilled | Dismissed) -> None:
+        match event:
+            case Recalled(llm=llm):
+                self._refuse_all(self._seats[llm], 0.0, RECALLED)
+            case Spilled(request=name):
+                request = self._requests.get(name)
+                if request is not None and request.queued:
+                    self._refuse(request, 0.0, SPILLED)
+            case Dismissed(llm=llm):
+                self._seats[llm].dismissed = self._seats[llm].state in {"loading", "warm"}
 
     # Decisions
 
