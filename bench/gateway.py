@@ -114,6 +114,16 @@ class _Upstream(asyncio.Protocol):
             self._transport.write(self._streamed if is_streamed else self._whole)
 
 
+def _is_whole(answer: bytes) -> bool:
+    end = answer.find(b"\r\n\r\n")
+    if end < 0:
+        return False
+    head = answer[:end].lower()
+    if b"transfer-encoding: chunked" in head:
+        return answer.endswith(b"\r\n0\r\n\r\n")
+    return len(answer) >= end + 4 + _content_length(head)
+
+
 def _content_length(head: bytes) -> int:
     lowered = head.lower()
     at = lowered.find(b"content-length:")
@@ -179,8 +189,7 @@ class _Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._rest += data
-        end = self._rest.find(b"\r\n\r\n")
-        if end < 0 or len(self._rest) < end + 4 + _content_length(self._rest[:end]):
+        if not _is_whole(self._rest):
             return
         now_s = time.perf_counter()
         self._latencies_s.append(now_s - self._sent_s)
@@ -197,14 +206,14 @@ class _Client(asyncio.Protocol):
             self.ended.set_result(None)
 
 
-async def load(url: str, connections: int, seconds: float) -> Load:
-    """Ask without a pause on so many connections."""
+async def load(url: str, connections: int, seconds: float, headers: bytes = b"") -> Load:
+    """Ask without a pause on so many connections. `headers` are further ones, each with its line's end."""
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps(BODY).encode()
     request = (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: %s:%s\r\nContent-Type: application/json\r\n"
-        b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s"
-        % (host.encode(), port.encode(), KEY.encode(), len(body), body)
+        b"Authorization: Bearer %s\r\n%sContent-Length: %d\r\n\r\n%s"
+        % (host.encode(), port.encode(), KEY.encode(), headers, len(body), body)
     )
     latencies_s: list[float] = []
     began_s = time.perf_counter()
