@@ -10,7 +10,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from ai_agent_server.core.api_schemas import ExplainDraft, LLMCard, LLMList, ToggleDraft
+from ai_agent_server.core.api_schemas import AcceleratorList, ExplainDraft, LLMCard, LLMList, ToggleDraft
 from ai_agent_server.core.chat import Decision
 from ai_agent_server.core.ports import HealthReport
 from ai_agent_server.core.task_packet import (
@@ -26,6 +26,7 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
 )
 from ai_agent_server.errors import ServerRefusedError, ServerUnreachableError
+from ai_agent_server.load_balancer.base import AcceleratorView
 from ai_agent_server.tasks_state.base import TaskPage
 
 __all__ = ("Client", "Fetched", "Frame", "Told", "frames")
@@ -184,6 +185,10 @@ class Client:
         """Which LLM would serve, and why; no LLM is called."""
         body = msgspec.json.encode(wanted)
         return self._decode(await self._ask("POST", "/api/v1/load-balancer/explain", body=body), Decision)
+
+    async def accelerators(self) -> tuple[AcceleratorView, ...]:
+        """Every accelerator: its memory, its queue, its last decisions."""
+        return self._decode(await self._ask("GET", "/api/v1/accelerators"), AcceleratorList).items
 
     async def health(self) -> HealthReport:
         """The server as a whole."""

@@ -155,6 +155,8 @@ async def test_an_llm_is_switched_off_and_the_choice_says_so(at: dict[str, str],
         explained = await cli("llms", "explain", "--json", cwd=tmp_path, **at)
         assert (explained.code, explained.json["chosen"]) == (1, None)
         assert "toggle" in explained.json["candidates"][0]["refused_by"]
+        why = await cli("llms", "--why", cwd=tmp_path, **at)
+        assert "LB-1 toggle it is switched off" in " ".join(why.out.split())
     finally:
         assert (await cli("llms", "on", "scripted", cwd=tmp_path, **at)).code == 0
     listed = (await cli("llms", "--json", cwd=tmp_path, **at)).json

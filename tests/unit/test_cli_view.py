@@ -33,6 +33,7 @@ from ai_agent_server.core.task_packet import (
     TestReport,
 )
 from ai_agent_server.core.transitions import fold
+from ai_agent_server.load_balancer.base import AcceleratorView, QueueDecision
 
 AT = datetime(2026, 11, 21, tzinfo=UTC)
 ID = "01939a1e-7c3b-7000-8000-000000000001"
@@ -226,3 +227,26 @@ def test_the_chosen_llm_is_named_once() -> None:
     Console(file=out, width=200).print(view.decision(found))
 
     assert out.getvalue().startswith("big: best of 2")
+
+
+def test_an_accelerator_tells_its_memory_and_what_its_queue_decided() -> None:
+    out = io.StringIO()
+    found = AcceleratorView(
+        name="gpu0",
+        memory_mb=16384,
+        headroom_mb=384,
+        external_mb=1000,
+        budget_mb=15000,
+        used_mb=9000,
+        llms=(),
+        queue=(),
+        recent=tuple(
+            QueueDecision(what="load", why=f"GQ-8 waited its {number}", ago_s=number, llm="co\x1b[2Jder")
+            for number in range(40)
+        ),
+    )
+    Console(file=out, width=200).print(view.accelerator(found))
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert lines[0] == "gpu0: 9000 of 15000 MB taken, 1000 MB by other programs"
+    assert lines[2] == "0.0 s load co\ufffd[2Jder GQ-8 waited its 0"
+    assert len(lines) == 2 + view.DECISIONS

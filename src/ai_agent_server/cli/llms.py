@@ -14,6 +14,7 @@ from ai_agent_server.cli.options import AsJSON, ServerURL, connect, console, pri
 from ai_agent_server.core.api_schemas import ExplainDraft, LLMCard
 from ai_agent_server.core.chat import Capability, Decision, Privacy, Tier
 from ai_agent_server.errors import InvalidPacketError
+from ai_agent_server.load_balancer.base import AcceleratorView
 
 __all__ = ("llms",)
 
@@ -21,18 +22,37 @@ llms = App(name="llms", help="List LLMs; switch one on or off; explain a choice.
 
 
 @llms.default
-def list_llms(*, server: ServerURL = None, as_json: AsJSON = False) -> int:
-    """List the configured LLMs as they stand now."""
+def list_llms(
+    *,
+    why: Annotated[bool, Parameter(negative=())] = False,
+    server: ServerURL = None,
+    as_json: AsJSON = False,
+) -> int:
+    """List the configured LLMs as they stand now.
 
-    async def talk() -> tuple[LLMCard, ...]:
+    Parameters
+    ----------
+    why
+        Also which of them a request without wishes would get and by which rules, and what each
+        accelerator's queue decided last.
+    """
+
+    async def talk() -> tuple[tuple[LLMCard, ...], Decision | None, tuple[AcceleratorView, ...]]:
         async with connect(server) as client:
-            return await client.llms()
+            if not why:
+                return await client.llms(), None, ()
+            return await client.llms(), await client.explain(ExplainDraft()), await client.accelerators()
 
-    cards = asyncio.run(talk())
+    cards, decision, accelerators = asyncio.run(talk())
     if as_json:
-        print_json({"items": cards})
-    else:
-        console().print(_table(cards), soft_wrap=True)
+        more = {} if decision is None else {"decision": decision, "accelerators": accelerators}
+        print_json({"items": cards, **more})
+        return Exit.OK
+    console().print(_table(cards), soft_wrap=True)
+    if decision is not None:
+        shown = (view.decision(decision), *map(view.accelerator, accelerators))
+        for each in shown:
+            console().print("", each, sep="\n", soft_wrap=True)
     return Exit.OK
 
 

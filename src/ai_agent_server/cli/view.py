@@ -38,13 +38,26 @@ from ai_agent_server.core.task_packet import (
     TaskSummary,
     TestReport,
 )
+from ai_agent_server.load_balancer.base import AcceleratorView
 
 T = TypeVar("T")
 
-__all__ = ("TaskView", "asked", "decision", "describe", "printable", "result", "tasks_table", "what_next")
+__all__ = (
+    "TaskView",
+    "accelerator",
+    "asked",
+    "decision",
+    "describe",
+    "printable",
+    "result",
+    "tasks_table",
+    "what_next",
+)
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 DETAIL_LINES = 4
+DECISIONS = 12
+"""Of a queue's last ones."""
 STATUS_STYLE = {
     TaskStatus.COMPLETED: "green",
     TaskStatus.FAILED: "red",
@@ -345,6 +358,21 @@ def decision(found: Decision) -> RenderableType:
         why = " ".join(part for part in (candidate.refused_by, candidate.why, parts) if part)
         table.add_row(Text(candidate.llm), score, Text(printable(why)))
     return Group(head, table)
+
+
+def accelerator(found: AcceleratorView) -> RenderableType:
+    """Its memory, who waits, and what its queue decided, newest first, each with its rule."""
+    head = Text(printable(found.name), style="bold")
+    head.append(f": {found.used_mb:.0f} of {found.budget_mb:.0f} MB taken", style="")
+    if found.external_mb:
+        head.append(f", {found.external_mb:.0f} MB by other programs", style="")
+    if found.queue:
+        head.append(f", {len(found.queue)} waiting", style="")
+    table = _table("ago", "what", "llm", "rule")
+    for decided in found.recent[:DECISIONS]:
+        name = printable(decided.llm or decided.request)
+        table.add_row(f"{decided.ago_s:.1f} s", decided.what, Text(name), Text(printable(decided.why)))
+    return Group(head, table) if found.recent else head
 
 
 def _table(*columns: str) -> Table:
