@@ -601,7 +601,8 @@ def _text_shown(draft: ResponsesDraft) -> JSONObject:
             "name": asked.name or "answer",
             "schema": asked.schema,
             "strict": asked.strict,
-            "description": asked.description,
         }
+        if asked.description is not None:
+            shown["description"] = asked.description
     verbosity = draft.text.verbosity if draft.text else None
     return {"format": shown, "verbosity": verbosity or "medium"}

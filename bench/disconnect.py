@@ -1,0 +1,197 @@
+"""A client that leaves: how long until the engine's slot works for the next one.
+
+The server with the embedded model and one slot. Somebody holds the slot with a long answer (streamed or
+whole) and leaves at a random moment; another client waits for it, and the time from the leaving to that
+one's first token is taken: it has everything in it, the prompt of the next request too, whose time alone
+is told beside. Queued: one who waits for the slot leaves, and the next after him must not wait for his
+answer. The load of the machine is told, since all of this is CPU time of a model.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import aiohttp
+
+from ai_agent_server.config.settings import packaged_configuration
+from bench.figures import Figure, at_most, keep, median, p95
+from bench.server import serving
+
+Kind = Literal["streamed", "whole", "queued"]
+TRIALS = 200
+BOUND_MS = 500.0
+WAIT_S = 120.0
+LONG = "Write a very long story about a fox who walks around the world. Tell of every day."
+
+
+class Left(Exception):
+    """Not an error: the answer ended before its client could leave, and the trial is had again."""
+
+
+class Client:
+    """Asks, waits and leaves."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
+        self._http, self._url, self._rng = http, url, rng
+
+    async def trial(self, kind: Kind) -> float:
+        """Seconds from the leaving to the next one's first token."""
+        match kind:
+            case "streamed":
+                return await self._leaves(stream=True)
+            case "whole":
+                return await self._leaves(stream=False)
+            case _:
+                return await self._leaves_the_queue()
+
+    async def idle_s(self) -> float:
+        """What the next one's first token takes when nobody was before."""
+        began_s = time.perf_counter()
+        await self._first_token()
+        return time.perf_counter() - began_s
+
+    async def _leaves(self, *, stream: bool) -> float:
+        holder = asyncio.create_task(self._hold(stream=stream))
+        await self._until(lambda llm: llm["in_flight"] == 1, holder)
+        following = asyncio.create_task(self._first_token())
+        await asyncio.sleep(self._rng.uniform(0.05, 0.5))
+        left_s = time.perf_counter()
+        await _leave(holder, following)
+        await following
+        return time.perf_counter() - left_s
+
+    async def _leaves_the_queue(self) -> float:
+        holder = asyncio.create_task(self._hold(stream=True))
+        await self._until(lambda llm: llm["in_flight"] == 1, holder)
+        queued = asyncio.create_task(self._hold(stream=self._rng.random() < 0.5))
+        await asyncio.sleep(self._rng.uniform(0.05, 0.25))
+        following = asyncio.create_task(self._first_token())
+        await asyncio.sleep(self._rng.uniform(0.05, 0.25))
+        left_s = time.perf_counter()
+        await _leave(queued, following)
+        await _leave(holder, following)
+        await following
+        return time.perf_counter() - left_s
+
+    async def _hold(self, *, stream: bool) -> None:
+        async with self._asked(LONG, max_tokens=2000, stream=stream) as answer:
+            await answer.read()
+
+    async def _first_token(self) -> None:
+        text = f"Say {self._rng.randrange(1000)}."
+        async with self._asked(text, max_tokens=4, stream=True) as answer:
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    event = json.loads(line.removeprefix(b"data: "))
+                    assert "error" not in event, event
+                    return
+        raise RuntimeError("the next one got no answer")
+
+    def _asked(self, text: str, *, max_tokens: int, stream: bool) -> Any:
+        said = [{"role": "user", "content": text}]
+        body = {"model": "embedded", "messages": said, "max_tokens": max_tokens, "stream": stream}
+        return self._http.post(self._url + "/v1/chat/completions", json=body)
+
+    async def _until(self, is_so: Callable[[Any], bool], holder: asyncio.Task[None]) -> None:
+        while True:
+            async with self._http.get(self._url + "/api/v1/llms") as answer:
+                (llm,) = (await answer.json())["items"]
+            if is_so(llm):
+                return
+            if holder.done():
+                raise Left
+            await asyncio.sleep(0.005)
+
+
+async def _leave(holder: asyncio.Task[None], following: asyncio.Task[None]) -> None:
+    """Close the connection of `holder`."""
+    if holder.done():
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        raise Left
+    holder.cancel()
+    await asyncio.gather(holder, return_exceptions=True)
+
+
+async def measured(url: str, *, seed: int, trials: int) -> tuple[dict[Kind, list[float]], list[float]]:
+    """Seconds of each kind, and those without anybody before."""
+    rng = random.Random(seed)
+    found: dict[Kind, list[float]] = {kind: [] for kind in get_args(Kind)}
+    # A connection of its own for each request: to leave is to close it.
+    connector = aiohttp.TCPConnector(force_close=True)
+    timeout = aiohttp.ClientTimeout(total=WAIT_S)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+        client = Client(http, url, rng)
+        await client.idle_s()
+        idle = [await client.idle_s() for _ in range(max(1, trials // 4))]
+        for _ in range(trials):
+            for kind, times in found.items():
+                times.append(await _again(lambda kind=kind: client.trial(kind)))  # type: ignore[misc]
+    return found, idle
+
+
+async def _again(trial: Callable[[], Awaitable[float]]) -> float:
+    while True:
+        try:
+            return await trial()
+        except Left:
+            continue
+
+
+def one_slot(folder: Path) -> Path:
+    """The packaged configuration, the embedded model with one slot."""
+    document: dict[str, Any] = json.loads(packaged_configuration())
+    document["llms"]["embedded"]["slots"] = 1
+    document["messaging"] = {"enabled": False}
+    path = folder / "configuration.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def figures(found: dict[Kind, list[float]], idle: list[float]) -> list[Figure]:
+    """In milliseconds."""
+    told = []
+    for kind, times in found.items():
+        ms = [1000 * each for each in times]
+        what = f"from a {kind} request's leaving to the next one's first token"
+        told += [
+            Figure(name=f"{kind}_p50_ms", value=median(ms), unit="ms", what=f"{what}, p50"),
+            at_most(f"{kind}_p95_ms", p95(ms), "ms", BOUND_MS, f"{what}, p95"),
+            Figure(name=f"{kind}_max_ms", value=max(ms), unit="ms", what=f"{what}, max"),
+        ]
+    alone = median([1000 * each for each in idle])
+    return [
+        *told,
+        Figure(name="idle_p50_ms", value=alone, unit="ms", what="the first token with nobody before, p50"),
+        Figure(name="trials", value=len(found["whole"]), unit="", what="of each kind"),
+        Figure(
+            name="load", value=os.getloadavg()[0], unit="", what="processes that ran or waited, at the end"
+        ),
+    ]
+
+
+def main() -> int:
+    """Measure, print and keep; answers 1 when a figure misses its target."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--trials", type=int, default=TRIALS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = one_slot(Path(folder))
+        with serving(Path(folder) / "state", config) as server:
+            found, idle = asyncio.run(measured(server.url, seed=arguments.seed, trials=arguments.trials))
+    told = figures(found, idle)
+    keep("disconnect", told, folder=Path())
+    return int(any(figure.kept is False for figure in told))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
