@@ -47,7 +47,7 @@ bench: install ## measure, print and keep the figures
 	@$(BIN)/python -m bench.run
 
 lock: $(UV) ## choose the newest versions that pyproject.toml allows and lock them
-	@$(UV) pip compile pyproject.toml --extra embedded --extra gpu --group dev --python-version 3.11 --universal \
+	@$(UV) pip compile pyproject.toml --extra embedded --extra gpu --extra otlp --group dev --python-version 3.11 --universal \
 	  --generate-hashes --no-annotate --no-header --upgrade --quiet -o requirements.lock
 
 clean: ## remove what was made: .venv, .uv and the caches; state stays

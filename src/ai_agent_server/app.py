@@ -22,6 +22,7 @@ from ai_agent_server.assembly import (
     profiles_for,
     ready_tools,
     strategy_for,
+    tracer_for,
 )
 from ai_agent_server.channels._embedded_nats import EmbeddedNats
 from ai_agent_server.channels.base import Channel
@@ -61,7 +62,7 @@ from ai_agent_server.tasks_state.base import Retention, StoreHealth, TaskStore
 
 log = structlog.get_logger(__name__)
 
-NEEDS_RESTART = ("messaging", "cluster", "store", "sandbox", "server", "accelerators")
+NEEDS_RESTART = ("messaging", "cluster", "store", "sandbox", "server", "accelerators", "tracing")
 
 
 STORE_LOOK_S = 1.0
@@ -269,6 +270,7 @@ async def running(
     profiles = profiles_for(settings, config.parent if config else None)
     tools = ready_tools(settings, config.parent if config else None)
     strategy, gauges = strategy_for(settings), gauges_for(settings)
+    tracing = tracer_for(settings, environ)
     await asyncio.to_thread(_make_folder, state_dir)
     async with AsyncExitStack() as stack:
         door = await asyncio.to_thread(
@@ -282,6 +284,8 @@ async def running(
         store, leases = await _opened(own_store, settings, state_dir, environ, stack)
         # Closed after everything that uses: what is used up to the end is kept.
         await stack.enter_async_context(door)
+        # Closed after whoever has spans to tell.
+        tracer = await stack.enter_async_context(tracing) if tracing is not None else None
         toggles = await asyncio.to_thread(Toggles, state_dir / "llm_toggles.json")
         await toggles.forget(_toggles(settings))
         balancer = BalancedEngine(
@@ -293,6 +297,7 @@ async def running(
             keep_toggle=toggles.keep,
             accelerators=settings.accelerators,
             gauges=gauges,
+            tracer=tracer,
         )
         stack.push_async_callback(balancer.aclose)
         balancer.start()
@@ -355,6 +360,7 @@ async def running(
             settings=lambda: server.settings,
             tools=lambda: server.tools,
             metrics=metrics,
+            tracer=tracer,
             version=__version__,
             max_body_bytes=int(settings.server.max_body_mb * 1024 * 1024),
             clock=asyncio.get_running_loop().time,
@@ -430,7 +436,7 @@ def _model_of(settings: Settings, llm: str) -> GenAIModel:
     found = settings.llms.get(llm)
     if found is None:
         return GenAIModel(provider="unknown", model=llm)
-    return GenAIModel(provider=found.engine.rpartition(".")[2], model=found.model)
+    return GenAIModel(provider=found.provider, model=found.model)
 
 
 def _make_folder(state_dir: Path) -> None:

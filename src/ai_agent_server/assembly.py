@@ -1,15 +1,18 @@
 """What a configuration describes, built: engines, strategies, agents, prompts."""
 
 import asyncio
+import os
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from ai_agent_server import agents, llm_engines, memory_gauges, tools
+from ai_agent_server import __version__, agents, llm_engines, memory_gauges, tools, tracing
 from ai_agent_server.agents.base import Agent, RoleSpec
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import LLMSettings, Settings
@@ -24,6 +27,7 @@ from ai_agent_server.load_balancer import strategies
 from ai_agent_server.load_balancer.balanced_engine import Member
 from ai_agent_server.load_balancer.base import BalancingStrategy
 from ai_agent_server.memory_gauges.base import MemoryGauge
+from ai_agent_server.tracing.base import Tracer
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -102,6 +106,36 @@ def _usual_device(name: str) -> str:
         return "ram"
     card = re.fullmatch(r"gpu(\d*)", name)
     return "none" if card is None else f"nvidia:{card[1] or 0}"
+
+
+def tracer_for(settings: Settings, environ: Mapping[str, str]) -> AbstractAsyncContextManager[Tracer] | None:
+    """Who is told of spans, None where nobody is. Raises `ConfigurationError`."""
+    wanted = settings.tracing
+    if wanted.endpoint is None:
+        return None
+    headers = {}
+    for name, reference in wanted.headers.items():
+        value = configuration.secret(reference, environ)
+        if not value:
+            raise ConfigurationError(
+                f"the variable {reference.env} is not set", pointer=json_pointer(("tracing", "headers", name))
+            )
+        headers[name] = value
+    try:
+        otlp = implementation(tracing, "otlp", pointer="/tracing")
+    except ImportError as exc:
+        raise ConfigurationError(
+            "traces need one package more: pip install 'ai-agent-server[otlp]'", pointer="/tracing/endpoint"
+        ) from exc
+    tracer: AbstractAsyncContextManager[Tracer] = otlp(
+        wanted.endpoint,
+        headers=headers,
+        resource={"service.name": wanted.service_name, "service.version": __version__},
+        share=wanted.share,
+        now_ns=time.time_ns,
+        random=os.urandom,
+    )
+    return tracer
 
 
 def strategy_for(settings: Settings) -> BalancingStrategy:

@@ -25,6 +25,7 @@ from ai_agent_server.gateway.responses_api import ResponsesRoutes
 from ai_agent_server.gateway.serving import Serving
 from ai_agent_server.gateway.tool_runner import ReadyTool, ToolRunner
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
+from ai_agent_server.tracing.base import Tracer
 
 __all__ = ("Surfaces", "operations", "surfaces_for")
 
@@ -62,6 +63,7 @@ def surfaces_for(
     settings: Callable[[], Settings],
     tools: Callable[[], Mapping[str, ReadyTool]],
     metrics: Metrics,
+    tracer: Tracer | None,
     version: str,
     max_body_bytes: int,
     clock: Callable[[], float],
@@ -79,6 +81,7 @@ def surfaces_for(
         settings=settings,
         observe=metrics.served,
         price=balancer.cost_usd,
+        tracer=tracer,
         clock=clock,
         new_id=new_id,
     )

@@ -115,6 +115,15 @@ async def test_the_headers_tell_who_answered_and_why(client: openai.AsyncOpenAI,
     assert float(raw.headers["x-overhead-ms"]) >= 0
 
 
+async def test_a_clients_trace_goes_on_to_the_engine(client: openai.AsyncOpenAI, first: OpenAIDouble) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    for sent in (trace, "00-nonsense"):
+        await client.chat.completions.create(
+            model="first", messages=HELLO, extra_headers={"traceparent": sent}
+        )
+    assert [r.headers.get("traceparent") for r in first.requests if r.method == "POST"] == [trace, None]
+
+
 async def test_what_steers_the_answer_reaches_the_engine(
     client: openai.AsyncOpenAI, first: OpenAIDouble
 ) -> None:

@@ -137,9 +137,9 @@ async def test_whatever_decides_the_answer_makes_it_another_question(
     assert await world.answer(engine, ask()) == "hit"
 
 
-async def test_who_is_served_first_does_not_decide_the_answer(world: World) -> None:
+async def test_who_is_served_first_and_in_which_trace_does_not_decide_the_answer(world: World) -> None:
     engine = Engine()
-    await world.answer(engine, ask(route=RouteHints(urgency="batch", key="laptop")))
+    await world.answer(engine, ask(route=RouteHints(urgency="batch", key="laptop"), traceparent="00-1"))
     assert await world.answer(engine, ask()) == "hit"
 
 

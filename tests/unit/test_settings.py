@@ -43,6 +43,7 @@ SECTIONS = (
     "/balancer",
     "/balancer/circuit",
     "/balancer/retry",
+    "/cluster",
     "/gateway",
     "/gateway/cache",
     "/gateway/keys/laptop",
@@ -53,12 +54,12 @@ SECTIONS = (
     "/gateway/tiers/main",
     "/gateway/tiers/small",
     "/limits",
-    "/metrics",
     "/llms/one",
     "/llms/one/api_key",
     "/llms/one/timeouts",
     "/messaging",
     "/messaging/credentials",
+    "/metrics",
     "/profiles/developer",
     "/profiles/developer/roles/qa",
     "/profiles/developer/roles/qa/limits",
@@ -70,6 +71,7 @@ SECTIONS = (
     "/server",
     "/store",
     "/store/retention",
+    "/tracing",
 )
 """Every object of the file whose keys are a closed set."""
 

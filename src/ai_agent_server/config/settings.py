@@ -115,6 +115,11 @@ class LLMSettings(_Section, frozen=True, kw_only=True):
     timeouts: EngineTimeouts = EngineTimeouts()
     options: JSONObject = msgspec.field(default_factory=dict)
 
+    @property
+    def provider(self) -> str:
+        """What OpenTelemetry's conventions call the provider: the engine's own name."""
+        return self.engine.rpartition(".")[2]
+
 
 class RoleSettings(_Section, frozen=True, kw_only=True):
     """A role of a profile. With a prompt file and a schema it needs no code of its own."""
@@ -199,6 +204,18 @@ class MessagingSettings(_Section, frozen=True, kw_only=True):
 
 
 MetricNames = Literal["own", "otel", "both"]
+
+
+class TracingSettings(_Section, frozen=True, kw_only=True):
+    """Traces, told to a collector of OpenTelemetry's. What was asked and answered is never in them."""
+
+    endpoint: str | None = None
+    """Where OTLP is taken over HTTP: `http://127.0.0.1:4318/v1/traces`. Left out: nothing is told."""
+    headers: dict[str, EnvSecret] = msgspec.field(default_factory=dict)
+    """Headers that it asks for, each with the variable that holds its value."""
+    service_name: str = "ai-agent-server"
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    """Of the traces that begin here; one that a client began is told where the client says so."""
 
 
 class MetricsSettings(_Section, frozen=True, kw_only=True):
@@ -385,6 +402,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     gateway: GatewaySettings = GatewaySettings()
     projects: dict[str, ProjectSettings] = msgspec.field(default_factory=dict)
     metrics: MetricsSettings = MetricsSettings()
+    tracing: TracingSettings = TracingSettings()
     limits: Limits = Limits()
 
 
@@ -571,6 +589,8 @@ def _check_meaning(settings: Settings, source: str) -> None:
             "and leave messaging.enabled on",
             "cluster", "enabled",
         )  # fmt: skip
+    if settings.tracing.endpoint is not None and not _is_http(settings.tracing.endpoint):
+        raise wrong("not an http(s) URL", "tracing", "endpoint")
     _check_profiles(settings, wrong)
     _check_access(settings, wrong)
     models = ("auto", *get_args(Tier), *settings.llms, *roles_as_models(settings))

@@ -110,6 +110,8 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     tool_choice: Literal["auto", "none", "required"] = "auto"
     response_schema: JSONObject | None = None
     route: RouteHints = RouteHints()
+    traceparent: str = ""
+    """The trace that it belongs to (W3C Trace Context); an engine sends it along where it can."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

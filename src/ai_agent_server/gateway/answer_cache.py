@@ -272,10 +272,10 @@ def _digest(request: ChatRequest, whose: tuple[str, ...]) -> bytes:
     """What two questions have in common whose answers may stand for each other.
 
     The order of a schema's keys counts: it is the order in which an answer that obeys it has them. Not
-    what only says when the answer comes: urgency, and whose turn it is.
+    what only says when the answer comes, or who hears of it: urgency, whose turn it is, the trace.
     """
     hints = msgspec.structs.replace(request.route, urgency="interactive", key="")
-    question = msgspec.structs.replace(request, route=hints)
+    question = msgspec.structs.replace(request, route=hints, traceparent="")
     return hashlib.sha256(msgspec.json.encode((whose, question))).digest()
 
 

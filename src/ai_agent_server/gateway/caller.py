@@ -33,6 +33,8 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     priority: Priority = "interactive"
     prefer: tuple[str, ...] = ()
     """The project's LLMs in order of preference."""
+    traceparent: str = ""
+    """The trace that the request goes on in; empty where the client has none."""
     cache: CacheUse = "off"
     """What the request's header says; else the key, else the configuration."""
 

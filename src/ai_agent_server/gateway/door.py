@@ -41,6 +41,7 @@ from ai_agent_server.gateway.limits import (
 )
 from ai_agent_server.gateway.projects import UNKNOWN, Projects
 from ai_agent_server.loopback import is_loopback_url
+from ai_agent_server.tracing.base import is_traceparent
 
 __all__ = ("COUNTED", "SCOPE", "Access", "Door", "access_for")
 
@@ -75,6 +76,7 @@ _READ: Final = frozenset(
         b"x-privacy",
         b"x-priority",
         b"x-cache",
+        b"traceparent",
     }
 )
 _PRIORITIES: Final[dict[str, Priority]] = {priority: priority for priority in get_args(Priority)}
@@ -364,6 +366,7 @@ class Door:
             name == b"x-privacy" and value.strip().lower() not in {b"any", b""}
             for name, value in every
         )
+        traceparent = headers.get(b"traceparent", b"").decode("latin-1").strip()
         caller = Caller(
             key=key.name if key is not None else "",
             address=address,
@@ -373,6 +376,7 @@ class Door:
             priority=_PRIORITIES.get(
                 headers.get(b"x-priority", b"").decode("latin-1").strip().lower(), "interactive"
             ),
+            traceparent=traceparent if is_traceparent(traceparent) else "",
             cache=self._cache_use(key, headers.get(b"x-cache")),
         )
         return self._in_project(caller, project) if project else caller

@@ -28,6 +28,7 @@ from ai_agent_server.gateway.tiers import TierChoice, choose
 from ai_agent_server.llm_engines.base import JoinedStream
 from ai_agent_server.load_balancer import estimate
 from ai_agent_server.load_balancer.base import BalancedLLM, Source
+from ai_agent_server.tracing.base import Attribute, Span, Tracer
 
 __all__ = ("KeepAlive", "ListedModel", "Opened", "Route", "Serving", "Surface", "Whole")
 
@@ -93,6 +94,7 @@ class Serving:
         settings: Callable[[], Settings],
         observe: Callable[[Served], None],
         price: Callable[[str, ChatUsage], float],
+        tracer: Tracer | None,
         clock: Callable[[], float],
         new_id: Callable[[], str],
     ) -> None:
@@ -100,6 +102,7 @@ class Serving:
         self._llm, self._balancer, self._orchestration = llm, balancer, orchestration
         self._accounts, self._cache, self._settings = accounts, cache, settings
         self._observe, self._price, self._clock, self._new_id = observe, price, clock, new_id
+        self._tracer = tracer
 
     def models(self, caller: Caller | None = None) -> tuple[ListedModel, ...]:
         """Every name that `model` may have for `caller`, from what is known: no engine is asked."""
@@ -258,6 +261,15 @@ class Serving:
             tokens=0 if is_free else input_tokens + (choice.max_tokens or estimate.OUTPUT_TOKENS),
             tier=None if is_task else choice.tier,
         )
+        if self._tracer is not None:
+            exchange.go_on_in(
+                self._tracer.begin(
+                    f"{exchange.operation} {route.model}",
+                    kind="server",
+                    parent=caller.traceparent,
+                    attributes=exchange.described(),
+                )
+            )
         return exchange
 
     async def _counted(self, exchange: "Exchange") -> AsyncGenerator[ChatDelta, None]:
@@ -325,6 +337,9 @@ class Serving:
             hold=exchange.hold,
         )
         is_hit = exchange.reading is not None and not exchange.pays
+        if exchange.span is not None:
+            exchange.span.add(exchange.answered(told))
+            exchange.span.end("" if status in {"ok", "left"} else status)
         self._observe(
             Served(
                 surface=exchange.surface,
@@ -369,6 +384,7 @@ class Exchange:
         self.hold: Hold | None = None
         self.reading: Reading | None = None
         """Its way through the cache, where it takes one."""
+        self.span: Span | None = None
         self.joined = JoinedStream()
         self.task_id = ""
         self.task_cost_usd = 0.0
@@ -383,6 +399,41 @@ class Exchange:
     def model(self) -> str:
         """Who answers: the LLM's name as soon as it is known, or the role's."""
         return self.joined.llm or self.route.model
+
+    @property
+    def operation(self) -> str:
+        """What it is in OpenTelemetry's words."""
+        return "invoke_agent" if self.route.kind == "role" else "chat"
+
+    def go_on_in(self, span: Span) -> None:
+        """Whoever is asked for this request is asked in the trace of `span`."""
+        self.span = span
+        self.request = msgspec.structs.replace(self.request, traceparent=span.traceparent)
+
+    def described(self) -> dict[str, Attribute]:
+        """What a trace is told of the request: never what it says."""
+        return {
+            "gen_ai.operation.name": self.operation,
+            "gen_ai.provider.name": "ai_agent_server",
+            "gen_ai.request.model": self.route.model,
+            "ai_agent_server.request_id": self.id,
+            "ai_agent_server.surface": self.surface,
+            "ai_agent_server.tier": self.choice.tier,
+            **({"ai_agent_server.key": self.caller.key} if self.caller.key else {}),
+            **({"ai_agent_server.project": self.caller.project} if self.caller.project else {}),
+        }
+
+    def answered(self, usage: ChatUsage) -> dict[str, Attribute]:
+        """What a trace is told of the answer."""
+        finish_reason = self.joined.finish_reason
+        return {
+            "gen_ai.usage.input_tokens": usage.input_tokens,
+            "gen_ai.usage.output_tokens": usage.output_tokens,
+            **({"gen_ai.response.finish_reasons": (finish_reason,)} if finish_reason else {}),
+            **({"ai_agent_server.llm": self.joined.llm} if self.joined.llm else {}),
+            **({"ai_agent_server.task_id": self.task_id} if self.task_id else {}),
+            **({"ai_agent_server.cache": self.reading.outcome} if self.reading is not None else {}),
+        }
 
     def sent(self, llm: str, source: Source) -> None:
         """The engine of `llm` has the request now."""
@@ -554,7 +605,9 @@ def _routed(
         urgency=caller.priority,
         key=caller.key,
     )
-    return msgspec.structs.replace(request, max_tokens=choice.max_tokens, route=hints)
+    return msgspec.structs.replace(
+        request, max_tokens=choice.max_tokens, route=hints, traceparent=caller.traceparent
+    )
 
 
 def _may_run_roles(caller: Caller) -> bool:

@@ -62,13 +62,14 @@ class EventSource:
         self._session: aiohttp.ClientSession | None = None
         self._is_closed = False
 
-    async def events(self, body: bytes, pace: Pace) -> AsyncGenerator[bytes, None]:
+    async def events(self, body: bytes, pace: Pace, traceparent: str = "") -> AsyncGenerator[bytes, None]:
         """Each event's payload, until `[DONE]` or the end. Closed before, it closes the connection."""
+        headers = {**self._headers, "traceparent": traceparent} if traceparent else self._headers
         with self._translated(connecting=True):
             session = self._opened()
             async with pace.waiting():
                 response = await session.post(
-                    self._url, data=body, headers=self._headers, allow_redirects=False, ssl=self._tls or True
+                    self._url, data=body, headers=headers, allow_redirects=False, ssl=self._tls or True
                 )
         try:
             with self._translated():
@@ -98,10 +99,12 @@ class EventSource:
             # Back to the pool where the body was read to its end; closed otherwise.
             response.close() if not response.content.at_eof() else response.release()
 
-    async def deltas(self, body: JSONObject, pace: Pace) -> AsyncGenerator[ChatDelta, None]:
+    async def deltas(
+        self, body: JSONObject, pace: Pace, traceparent: str = ""
+    ) -> AsyncGenerator[ChatDelta, None]:
         """The answer that OpenAI's form of chat completions gives to `body`, piece by piece."""
         answer = wire.Answer(engine=self._engine, secret=self._secret)
-        async with aclosing(self.events(msgspec.json.encode(body), pace)) as events:
+        async with aclosing(self.events(msgspec.json.encode(body), pace, traceparent)) as events:
             async for event in events:
                 delta = answer.take(wire.decode_chunk(event, engine=self._engine))
                 if answer.progressed:

@@ -89,7 +89,7 @@ class LlamaHTTP:
 
     def _stream(self, request: ChatRequest, model: str, extra: JSONObject) -> AsyncGenerator[ChatDelta, None]:
         body = {**wire.payload(request, model, max_tokens_field="max_tokens"), **extra}
-        return self._chats.deltas(body, Pace(self._timeouts, self._engine))
+        return self._chats.deltas(body, Pace(self._timeouts, self._engine), request.traceparent)
 
     async def embed(self, request: EmbeddingRequest, model: str) -> EmbeddingReply:
         """The vectors of the inputs. llama.cpp cannot shorten them."""

@@ -36,6 +36,7 @@ from ai_agent_server.load_balancer.base import (
 from ai_agent_server.load_balancer.scheduler import CONFIGURED_ANEW, RECALLED, SPILLED, Refuse, Start
 from ai_agent_server.load_balancer.standing import HeldEngine, Member, Standing, same_engine
 from ai_agent_server.memory_gauges.base import MemoryGauge
+from ai_agent_server.tracing.base import Attribute, Tracer
 
 __all__ = ("BalancedEngine", "Member")
 
@@ -83,11 +84,13 @@ class BalancedEngine:
         residency_interval_s: float = 5.0,
         accelerators: Mapping[str, Accelerator] | None = None,
         gauges: Mapping[str, MemoryGauge] | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`clock` is monotonic, in seconds; `settings.strategy` is the name that decisions give.
 
         `keep_toggle` makes a switch survive a restart before it counts. LLMs whose settings name one
         of `accelerators` share its memory and its queue; `gauges` tell what other programs take of it.
+        Every try of a chat is a span of `tracer`.
         """
         self._queues = {
             name: AcceleratorQueue(
@@ -103,6 +106,7 @@ class BalancedEngine:
             sleep=sleep,
         )
         self._clock, self._rng, self._sleep = clock, rng, sleep
+        self._tracer = tracer
         self._keep_toggle = keep_toggle
         self._residency_interval_s = residency_interval_s
         self._watch: asyncio.Task[None] | None = None
@@ -121,7 +125,8 @@ class BalancedEngine:
                 queued_s = lease.started_s - began_s if lease.waited_s or journey.attempts else 0.0
                 if sent is not None:
                     sent(lease.standing.name, lease.standing.settings.source)
-                async with aclosing(self._answer(lease, request, queued_s)) as deltas:
+                answer = self._answer if self._tracer is None else self._traced
+                async with aclosing(answer(lease, request, queued_s)) as deltas:
                     async for delta in deltas:
                         yield delta
                 return
@@ -414,6 +419,42 @@ class BalancedEngine:
         standing.finished(usage, writing_s)
         lease.shown = lease.answered = True
 
+    async def _traced(
+        self, lease: Lease, request: ChatRequest, queued_s: float
+    ) -> AsyncGenerator[ChatDelta, None]:
+        """`_answer` as a span, in whose trace the engine is asked."""
+        assert self._tracer is not None
+        standing = lease.standing
+        span = self._tracer.begin(
+            f"chat {standing.settings.model}",
+            kind="client",
+            parent=request.traceparent,
+            attributes=_described(standing, request),
+        )
+        error, last, usage = "", ChatDelta(), ChatUsage()
+        asked = msgspec.structs.replace(request, traceparent=span.traceparent)
+        try:
+            async with aclosing(self._answer(lease, asked, queued_s)) as deltas:
+                async for last in deltas:
+                    usage = last.usage or usage
+                    yield last
+        except EngineError as exc:
+            error = type(exc).__name__
+            raise
+        finally:
+            span.add(
+                {
+                    "gen_ai.usage.input_tokens": usage.input_tokens,
+                    "gen_ai.usage.output_tokens": usage.output_tokens,
+                    **(
+                        {"gen_ai.response.finish_reasons": (last.finish_reason,)}
+                        if last.finish_reason
+                        else {}
+                    ),
+                }
+            )
+            span.end(error)
+
     def _first_token(self, lease: Lease) -> None:
         standing = lease.standing
         lease.first_token_s = self._clock()
@@ -579,3 +620,20 @@ def _note_refusal(journey: Journey, name: str, refusal: Refuse) -> None:
     journey.exclude(name)
     if refusal.retry_after_s is not None:
         journey.last_error = EngineBusyError(refusal.why, engine=name, retry_after_s=refusal.retry_after_s)
+
+
+def _described(standing: Standing, request: ChatRequest) -> dict[str, Attribute]:
+    """What a trace is told of a call: never what it says."""
+    bounds: dict[str, float | int | None] = {
+        "gen_ai.request.max_tokens": request.max_tokens,
+        "gen_ai.request.temperature": request.temperature,
+        "gen_ai.request.top_p": request.top_p,
+        "gen_ai.request.seed": request.seed,
+    }
+    return {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": standing.settings.provider,
+        "gen_ai.request.model": standing.settings.model,
+        "ai_agent_server.llm": standing.name,
+        **{name: value for name, value in bounds.items() if value is not None},
+    }

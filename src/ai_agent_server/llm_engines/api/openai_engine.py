@@ -90,7 +90,9 @@ class OpenAIEngine:
 
     def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`."""
-        return self._chats.deltas(self._body(request), Pace(self._spec.timeouts, self._spec.name))
+        return self._chats.deltas(
+            self._body(request), Pace(self._spec.timeouts, self._spec.name), request.traceparent
+        )
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
         """The vectors of the inputs."""
