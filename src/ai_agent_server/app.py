@@ -44,6 +44,7 @@ from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.orchestration_engine import OrchestrationEngine
 from ai_agent_server.core.packet_json import json_pointer
 from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
+from ai_agent_server.core.webhooks import Targets, Webhooks
 from ai_agent_server.discovery import implementation
 from ai_agent_server.errors import ConfigurationError, StoreUnusableError
 from ai_agent_server.gateway._cors import Cors
@@ -309,6 +310,7 @@ async def running(
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         (sandbox, probe), channel, gpu = chosen.result(), connected.result(), card.result()
+        targets = Targets(lambda: server.settings.callbacks, environ)
         engine = OrchestrationEngine(
             profiles=profiles,
             store=store,
@@ -321,6 +323,7 @@ async def running(
             monotonic=asyncio.get_running_loop().time,
             price=balancer.cost_usd,
             read_file=file_reader(settings.server.allowed_folders),
+            check_callback=targets.check,
             max_running=settings.server.max_running,
             max_live=settings.server.max_live,
             shutdown_s=settings.server.shutdown_s,
@@ -328,6 +331,13 @@ async def running(
         store_watch = StoreWatch(store, asyncio.get_running_loop().time)
         await store_watch.look()
         cache = AnswerCache(settings=lambda: server.settings, clock=asyncio.get_running_loop().time)
+        webhooks = Webhooks(
+            engine,
+            targets=targets,
+            clock=_now,
+            rng=random.Random(),
+            state_path=state_dir / "callbacks.json",
+        )
         metrics = Metrics(
             now=_now,
             version=__version__,
@@ -336,6 +346,7 @@ async def running(
             llms=balancer.views,
             nats=channel.health,
             store=store_watch.gauge,
+            webhooks=webhooks.status,
             cache=cache.state,
             accelerators=balancer.accelerators,
             model_of=lambda llm: _model_of(server.settings, llm),
@@ -390,6 +401,7 @@ async def running(
         # Closed twice: last here if the next lines fail, and first of all at a regular end, so that
         # the handler still publishes what the engine's last steps wrote.
         stack.push_async_callback(engine.aclose)
+        await stack.enter_async_context(webhooks)
         await engine.start()
         if settings.store.retention != Retention():
             archive = Archive(state_dir / ARCHIVE)

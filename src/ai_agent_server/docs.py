@@ -18,7 +18,8 @@ from ai_agent_server.core.api_document import curl, document, json_components, t
 from ai_agent_server.core.api_operations import example_packet, problem_examples
 from ai_agent_server.core.api_schemas import JSON
 from ai_agent_server.core.chat import JSONObject
-from ai_agent_server.core.mcp_handler import DeadLetter, EventPacket, FeedbackPacket
+from ai_agent_server.core.event_packet import EventPacket
+from ai_agent_server.core.mcp_handler import DeadLetter, FeedbackPacket
 from ai_agent_server.core.task_packet import LimitsDraft, TaskDraft
 
 

@@ -34,6 +34,7 @@ WHOLE: dict[str, Any] = {
     "limits": {"tokens": 5},
     "messaging": {"credentials": {"env": "CREDENTIALS"}},
     "gateway": {"keys": {"laptop": {"api_key": {"env": "LAPTOP"}, "limits": [{"per_s": 60, "tokens": 9}]}}},
+    "callbacks": {"targets": {"ci": {"url": "http://ci.test/hook", "secret": {"env": "CI"}}}},
     "projects": {"shop": {"paths": ["/home/me/shop"]}},
 }
 
@@ -43,6 +44,8 @@ SECTIONS = (
     "/balancer",
     "/balancer/circuit",
     "/balancer/retry",
+    "/callbacks",
+    "/callbacks/targets/ci",
     "/cluster",
     "/gateway",
     "/gateway/cache",

@@ -14,6 +14,7 @@ import msgspec
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 
+from ai_agent_server.core.callbacks import is_plain
 from ai_agent_server.core.chat import Capability, JSONObject, Privacy, Tier, Urgency
 from ai_agent_server.core.packet_json import json_pointer
 from ai_agent_server.core.task_packet import Limits, LimitsDraft
@@ -386,6 +387,27 @@ class GatewaySettings(_Section, frozen=True, kw_only=True):
     `https://app.example.org`."""
 
 
+class CallbackTarget(_Section, frozen=True, kw_only=True):
+    """Where webhooks may go."""
+
+    url: str
+    """http(s), a host and a path: a task's callback has to be at or below it."""
+    secret: EnvSecret
+    """What signs the messages: `whsec_` and base64, or any text."""
+
+
+class CallbackSettings(_Section, frozen=True, kw_only=True):
+    """Webhooks: a task may name a URL that is told of its events. Without a target there are none."""
+
+    targets: dict[str, CallbackTarget] = msgspec.field(default_factory=dict)
+    attempts: Count = 12
+    """So often a message is tried; then its task's messages are given up."""
+    backoff_s: Annotated[float, msgspec.Meta(ge=0.01, le=3600)] = 1.0
+    """Before the second attempt; twice as long before each that follows."""
+    backoff_max_s: Annotated[float, msgspec.Meta(ge=0.01, le=86_400)] = 600.0
+    timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=300)] = 10.0
+
+
 class Settings(_Section, frozen=True, kw_only=True):
     """The whole file."""
 
@@ -400,6 +422,7 @@ class Settings(_Section, frozen=True, kw_only=True):
     sandbox: SandboxSettings = SandboxSettings()
     server: ServerSettings = ServerSettings()
     gateway: GatewaySettings = GatewaySettings()
+    callbacks: CallbackSettings = CallbackSettings()
     projects: dict[str, ProjectSettings] = msgspec.field(default_factory=dict)
     metrics: MetricsSettings = MetricsSettings()
     tracing: TracingSettings = TracingSettings()
@@ -416,6 +439,7 @@ def json_schema() -> JSONObject:
         ("Settings", "projects"),
         ("ProfileSettings", "roles"),
         ("GatewaySettings", "keys"),
+        ("CallbackSettings", "targets"),
     ):
         definitions[section]["properties"][key]["propertyNames"] = {"pattern": NAME_PATTERN}
     return {"$schema": SCHEMA_ID, "title": "configuration.json of AI-Agent-Server", **schema}
@@ -663,6 +687,9 @@ def _check_access(settings: Settings, wrong: Any) -> None:
                 raise wrong(f"unknown LLM {llm!r}", *where, index, choices=llms)
     if ADMIN_KEY in settings.gateway.keys:
         raise wrong(f"this name is that of the key in {API_KEY}", "gateway", "keys", ADMIN_KEY)
+    for name, target in settings.callbacks.targets.items():
+        if not is_plain(target.url):
+            raise wrong("not an http(s) URL of a host and a path alone", "callbacks", "targets", name, "url")
     owners: dict[str, str] = {}
     for name, project in settings.projects.items():
         for index, path in enumerate(project.paths):

@@ -12,7 +12,7 @@ import asyncio
 import base64
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal, Self
@@ -30,7 +30,7 @@ from ai_agent_server.channels.base import (
     Delivery,
 )
 from ai_agent_server.core import packet_json
-from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.event_packet import EventPacket, cut, statuses
 from ai_agent_server.core.ports import Orchestration
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
@@ -40,7 +40,6 @@ from ai_agent_server.core.task_packet import (
     TaskStatus,
     is_task_id,
 )
-from ai_agent_server.core.transitions import fold, unfolded
 from ai_agent_server.durable import write_whole
 from ai_agent_server.errors import (
     AgentServerError,
@@ -71,7 +70,6 @@ MAX_HELD_PACKETS = 64
 DEAD_BODY_BYTES = 64 * 1024
 """Of a message that was wrong itself, as much is kept as shows how; one that we failed is kept whole."""
 METRICS_FLOOR_S = 0.1
-BULKY_BYTES = 4 * 1024
 PAGE = 100
 MARK_EVERY_S = 5.0
 MARK_SLACK = timedelta(seconds=30)
@@ -88,21 +86,6 @@ REASONS: dict[type[AgentServerError], str] = {
 """The word for each refusal: the same that REST puts at the end of a problem's `type`."""
 
 log = structlog.get_logger(__name__)
-
-
-class EventPacket(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An event as it goes out. `status` is the task's status after it.
-
-    An event too large for a message comes without its bulky fields: `truncated` is then true and
-    `href` is the path, on this server's REST API, of the task with all of it.
-    """
-
-    kind: Literal["event"]
-    task_id: str
-    status: TaskStatus
-    event: AnyTaskEvent | JSONObject
-    truncated: bool = False
-    href: str | None = None
 
 
 class FeedbackPacket(FeedbackDraft, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -582,11 +565,10 @@ class _Outbox:
             await self._channel.publish(FEEDBACK, msgspec.json.encode(whole), dedupe_id=dedupe_id)
         except MessageTooLargeError as exc:
             log.info("mcp.event_truncated", task_id=task_id, seq=event.seq, size_bytes=exc.size_bytes)
-            cut = msgspec.structs.replace(
-                whole, event=without_bulk(event), truncated=True, href=f"/api/v1/tasks/{task_id}"
-            )
             try:
-                await self._channel.publish(FEEDBACK, msgspec.json.encode(cut), dedupe_id=dedupe_id)
+                await self._channel.publish(
+                    FEEDBACK, msgspec.json.encode(cut(whole, event)), dedupe_id=dedupe_id
+                )
             except MessageTooLargeError as still:
                 log.warning("mcp.event_unpublished", task_id=task_id, seq=event.seq, problem=str(still))
 
@@ -602,24 +584,6 @@ class _Outbox:
             log.warning("mcp.mark_unwritten", problem=exc.strerror)
             return
         self._mark = mark
-
-
-def statuses(packet: TaskPacket, *, since: int) -> Iterator[tuple[AnyTaskEvent, TaskStatus]]:
-    """Each event after `since` with the task's status after it."""
-    if since == packet.revision - 1:
-        yield packet.history[-1], packet.status
-        return
-    past = unfolded(packet)
-    for event in packet.history:
-        past = fold(past, [event])
-        if event.seq > since:
-            yield event, past.status
-
-
-def without_bulk(event: AnyTaskEvent) -> JSONObject:
-    """The event without the fields that are larger than 4 KiB."""
-    fields: JSONObject = msgspec.to_builtins(event)
-    return {name: value for name, value in fields.items() if len(msgspec.json.encode(value)) <= BULKY_BYTES}
 
 
 def dead_letter(

@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from ai_agent_server.channels.base import ChannelHealth, ChannelState
 from ai_agent_server.config.settings import MetricNames
 from ai_agent_server.core.genai_metrics import GenAICall, GenAIMetrics, GenAIModel
-from ai_agent_server.core.ports import EngineStatus
+from ai_agent_server.core.ports import EngineStatus, WebhookStatus
 from ai_agent_server.core.task_packet import AnyTaskEvent, LLMCall, StepFinished, TaskPacket, TaskStatus
 from ai_agent_server.load_balancer.base import AcceleratorView, CircuitState, LLMView, Source
 from ai_agent_server.tasks_state.base import StoreHealth
@@ -114,6 +114,7 @@ class StateMetrics(msgspec.Struct, frozen=True, kw_only=True):
     accelerators: dict[str, AcceleratorState]
     nats: ChannelMetrics | None
     store: StoreMetrics | None
+    webhooks: WebhookStatus | None
 
 
 class TaskPerformance(msgspec.Struct, frozen=True, kw_only=True):
@@ -273,6 +274,7 @@ class Metrics:
         llms: Callable[[], tuple[LLMView, ...]],
         nats: Callable[[], ChannelHealth | None] = lambda: None,
         store: Callable[[], StoreHealth | None] = lambda: None,
+        webhooks: Callable[[], WebhookStatus | None] = lambda: None,
         cache: Callable[[], CacheState] = CacheState,
         accelerators: Callable[[], tuple[AcceleratorView, ...]] = tuple,
         model_of: Callable[[str], GenAIModel] = lambda llm: GenAIModel(provider=OTHER, model=llm),
@@ -287,7 +289,7 @@ class Metrics:
             nats,
             store,
         )
-        self._cache, self._accelerators = cache, accelerators
+        self._cache, self._accelerators, self._webhooks = cache, accelerators, webhooks
         self._genai = GenAIMetrics(model_of)
         self._profiles: dict[str, _Ends] = {}
         self._roles: dict[str, _Steps] = {}
@@ -422,6 +424,7 @@ class Metrics:
             nats=None
             if nats is None
             else ChannelMetrics(state=nats.state, embedded=nats.embedded, reconnects=nats.reconnects),
+            webhooks=self._webhooks(),
             store=None
             if store is None
             else StoreMetrics(
@@ -715,6 +718,20 @@ def _state_families(state: StateMetrics) -> Iterator[Metric]:
         yield _counter(
             "nats_reconnects", "Connections that were made again.", (), [((), state.nats.reconnects)]
         )
+    if state.webhooks is not None:
+        yield _gauge("webhooks_pending", "Tasks whose webhooks wait.", (), [((), state.webhooks.pending)])
+        yield _gauge(
+            "webhooks_disabled_targets",
+            "Targets that want no webhooks any more.",
+            (),
+            [((), len(state.webhooks.disabled_targets))],
+        )
+        for name, help_text, value in (
+            ("webhooks_delivered", "Webhooks that were taken.", state.webhooks.delivered),
+            ("webhooks_failed", "Attempts at webhooks that failed.", state.webhooks.failed),
+            ("webhooks_given_up", "Tasks whose webhooks were given up.", state.webhooks.given_up),
+        ):
+            yield _counter(name, help_text, (), [((), value)])
     if state.store is not None:
         yield _gauge("store_ok", "1 while tasks can be kept.", (), [((), state.store.ok)])
         yield _gauge("store_corrupt_files", "Files moved aside.", (), [((), state.store.corrupt)])

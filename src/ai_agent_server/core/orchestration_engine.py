@@ -127,6 +127,10 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         return frozenset(name for name, role in self.roles.items() if role.agent is None)
 
 
+def _no_callbacks(_url: str, _privacy: Privacy) -> None:
+    raise InvalidPacketError("callbacks are not to be had here", pointer="/callback")
+
+
 class OrchestrationEngine:
     """Implements `core.ports.Orchestration` over a store, an LLM engine, agents and a sandbox.
 
@@ -150,6 +154,7 @@ class OrchestrationEngine:
         monotonic: Callable[[], float],
         price: Callable[[str, ChatUsage], float] = lambda _llm, _usage: 0.0,
         read_file: Callable[[str], Awaitable[bytes]],
+        check_callback: Callable[[str, Privacy], None] = _no_callbacks,
         max_running: int = 4,
         max_live: int = 1000,
         shutdown_s: float = 10.0,
@@ -164,6 +169,7 @@ class OrchestrationEngine:
         self._monotonic = monotonic
         self._price = price
         self._read_file = read_file
+        self._check_callback = check_callback
         self._max_running, self._max_live = max_running, max_live
         self._shutdown_s = shutdown_s
         self._queue: asyncio.Queue[str] = asyncio.Queue()
@@ -263,6 +269,7 @@ class OrchestrationEngine:
             role=origin.role,
             scope=origin.scope,
             privacy="local" if "local" in {origin.privacy, draft.privacy} else "any",
+            callback=draft.callback,
         )
         packet = msgspec.structs.replace(
             self._packet(like_it, _own(idempotency_key, sender)),
@@ -309,6 +316,8 @@ class OrchestrationEngine:
             raise UnknownRoleError("role", role_name, tuple(profile.roles))
         self._checks[profile_name, role_name](draft.payload)
         privacy: Privacy = "local" if role.hints.privacy == "local" else draft.privacy
+        if draft.callback is not None:
+            self._check_callback(draft.callback.url, privacy)
         return TaskPacket(
             task_id=checked_id(draft.task_id, "/task_id") or self._new_id(),
             context_id=checked_id(draft.context_id, "/context_id") or self._new_id(),
@@ -319,6 +328,7 @@ class OrchestrationEngine:
             limits=draft.limits.over(role.limits) if draft.limits else role.limits,
             scope=draft.scope,
             privacy=privacy,
+            callback=draft.callback,
             idempotency_key=idempotency_key,
             request_sha256=request_hash(draft),
         )

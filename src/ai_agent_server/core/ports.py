@@ -21,6 +21,20 @@ from ai_agent_server.load_balancer.base import AcceleratorView, LLMView, Require
 from ai_agent_server.tasks_state.base import TaskFilter, TaskPage
 
 
+class WebhookStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of webhooks since the start."""
+
+    pending: int
+    """Tasks with messages that are not delivered."""
+    delivered: int
+    failed: int
+    """Attempts."""
+    given_up: int
+    """Tasks whose messages are not tried any more."""
+    disabled_targets: tuple[str, ...] = ()
+    """Those that answered 410: they want nothing more until the next start."""
+
+
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Load of the orchestration engine now."""
 

@@ -342,6 +342,37 @@ FINAL_EVENTS = (Completed, Failed, Canceled, Rejected)
 """After one of these nothing follows."""
 
 
+EventName = Literal[
+    "task.submitted",
+    "task.started",
+    "task.recovered",
+    "step.started",
+    "step.finished",
+    "feedback.received",
+    "input.required",
+    "task.paused",
+    "task.resumed",
+    "task.completed",
+    "task.failed",
+    "task.canceled",
+    "task.rejected",
+]
+
+
+class Callback(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where somebody wants to be told of a task's events. It holds no secret."""
+
+    url: str
+    """At or below the URL of one of the configured targets, which has the secret that signs."""
+    events: tuple[EventName, ...] = (
+        "task.completed",
+        "task.failed",
+        "task.canceled",
+        "task.rejected",
+        "input.required",
+    )
+
+
 class TaskPacket(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON task packet: what was asked, and the fold of everything that happened since.
 
@@ -358,6 +389,7 @@ class TaskPacket(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     scope: Scope = "workflow"
     privacy: Privacy = "any"
+    callback: Callback | None = None
     idempotency_key: str | None = None
     request_sha256: str = ""
     schema_version: int = SCHEMA_VERSION
@@ -394,6 +426,7 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     updated_at: datetime | None
     paused_at: datetime | None = None
+    callback: Callback | None = None
     idempotency_key: str | None = None
     request_sha256: str = ""
 
@@ -426,6 +459,8 @@ class TaskDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     limits: LimitsDraft | None = None
     scope: Scope = "workflow"
     privacy: Privacy = "any"
+    callback: Callback | None = None
+    """Where the task's events are sent to, beside all who follow it."""
     status: Literal["submitted"] | None = None
     history: tuple[()] = ()
 
@@ -461,6 +496,7 @@ class ForkDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What is left out is as in the ended task. What that one used does not count."""
     privacy: Privacy = "any"
     """`any` never weakens what the ended task has."""
+    callback: Callback | None = None
 
 
 def summary(packet: TaskPacket) -> TaskSummary:
@@ -477,6 +513,7 @@ def summary(packet: TaskPacket) -> TaskSummary:
         created_at=packet.created_at,
         updated_at=packet.updated_at,
         paused_at=packet.paused_at,
+        callback=packet.callback,
         idempotency_key=packet.idempotency_key,
         request_sha256=packet.request_sha256,
     )
