@@ -4,7 +4,13 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+    suppress,
+)
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -403,10 +409,7 @@ async def running(
         stack.push_async_callback(engine.aclose)
         await stack.enter_async_context(webhooks)
         await engine.start()
-        if settings.store.retention != Retention():
-            archive = Archive(state_dir / ARCHIVE)
-            retention = settings.store.retention
-            await stack.enter_async_context(Housekeeper(store, archive, retention, clock=_now))
+        await stack.enter_async_context(_housekeeping(settings.store.retention, store, state_dir))
         await stack.enter_async_context(handler)
         await stack.enter_async_context(surfaces.model_context)
         stack.push_async_callback(engine.aclose)
@@ -449,6 +452,14 @@ def _model_of(settings: Settings, llm: str) -> GenAIModel:
     if found is None:
         return GenAIModel(provider="unknown", model=llm)
     return GenAIModel(provider=found.provider, model=found.model)
+
+
+def _housekeeping(
+    retention: Retention, store: TaskStore, state_dir: Path
+) -> AbstractAsyncContextManager[object]:
+    if retention == Retention():
+        return nullcontext()
+    return Housekeeper(store, Archive(state_dir / ARCHIVE), retention, clock=_now)
 
 
 def _make_folder(state_dir: Path) -> None:
