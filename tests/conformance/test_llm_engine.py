@@ -56,6 +56,7 @@ from tests.servers.http_double import RETRY_AFTER_S, HTTPDouble
 from tests.servers.llama_server_double import LlamaServerDouble
 from tests.servers.ollama_double import OllamaDouble
 from tests.servers.openai_double import OpenAIDouble
+from tests.servers.vllm_double import VLLMDouble
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -99,6 +100,8 @@ class Rig:
     kind: ClassVar[str]
     faults: frozenset[str] = frozenset(FAULTS)
     """What this kind can be made to suffer."""
+    moves: ClassVar[bool] = False
+    """Whether its model comes and goes as it is told."""
 
     def __init__(self) -> None:
         self._engines: list[LLMEngine] = []
@@ -192,9 +195,16 @@ class LlamaServerRig(DoubleRig):
     double_class = LlamaServerDouble
 
 
+class VLLMRig(DoubleRig):
+    kind = "local.vllm"
+    double_class = VLLMDouble
+    moves = True
+
+
 class OllamaRig(DoubleRig):
     kind = "local.ollama"
     double_class = OllamaDouble
+    moves = True
     double: OllamaDouble
 
     def loads(self) -> int:
@@ -231,6 +241,7 @@ class LlamaCppRig(Rig):
 
     kind = "local.llama_cpp"
     faults = frozenset({"no_model", "overflow", "bad_request"})
+    moves = True
     MODEL = "SmolLM2-135M-Instruct"
 
     def __init__(self, shared: LLMEngine) -> None:
@@ -255,8 +266,10 @@ class LlamaCppRig(Rig):
 
 
 RIGS: dict[str, type[Rig]] = {
-    rig.kind: rig for rig in (OpenAIRig, AnthropicRig, LlamaServerRig, OllamaRig, ScriptedRig, LlamaCppRig)
+    rig.kind: rig
+    for rig in (OpenAIRig, AnthropicRig, LlamaServerRig, VLLMRig, OllamaRig, ScriptedRig, LlamaCppRig)
 }
+MOVING = sorted(kind for kind, rig in RIGS.items() if rig.moves)
 SERVED = sorted(kind for kind, rig in RIGS.items() if issubclass(rig, DoubleRig))
 FAILING = [(kind, fault) for kind in sorted(RIGS) for fault in FAULTS if fault in RIGS[kind].faults]
 
@@ -441,7 +454,7 @@ async def test_asking_for_the_models_loads_none(rig: Rig) -> None:
     engine = rig.engine(timeouts=EngineTimeouts(first_token_s=5))
     cards = await engine.models()
     assert [card.name for card in cards]
-    assert all(card.residency != "loaded" or isinstance(rig, LlamaServerRig) for card in cards)
+    assert all(card.residency != "loaded" or isinstance(rig, LlamaServerRig | VLLMRig) for card in cards)
     assert rig.loads() == 0
     if isinstance(rig, DoubleRig):
         assert all(request.method == "GET" for request in rig.double.requests)
@@ -459,6 +472,21 @@ async def test_load_and_unload_are_always_allowed(rig: Rig) -> None:
     await engine.unload()
     await engine.unload()
     assert (await whole(engine, ask("Hello."))).text
+
+
+@pytest.mark.parametrize("rig", MOVING, indirect=True)
+async def test_a_model_that_was_unloaded_is_said_to_be_and_serves_again(rig: Rig) -> None:
+    async def residency() -> str:
+        return next(iter(await engine.models())).residency
+
+    engine = rig.engine(says="The answer is 42.")
+    await engine.load()
+    assert await residency() == "loaded"
+    await engine.unload()
+    assert await residency() == "unloaded"
+    said = (await whole(engine, ask("Hello.", max_tokens=8))).text
+    assert said == "The answer is 42." or (said and isinstance(rig, LlamaCppRig))
+    assert await residency() == "loaded"
 
 
 async def test_a_closed_engine_closes_again_and_answers_with_an_engine_error(rig: Rig) -> None:

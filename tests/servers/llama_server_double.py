@@ -1,5 +1,6 @@
 """A double of llama.cpp's llama-server: OpenAI's wire with its own accent, recorded from a real one."""
 
+import asyncio
 from typing import Any
 
 from tests.servers.http_double import Out, Request
@@ -7,14 +8,54 @@ from tests.servers.openai_double import OpenAIDouble
 
 
 class LlamaServerDouble(OpenAIDouble):
-    """Error codes are integers; comments keep the socket warm; the role comes with `content: null`.
+    """One model, or as a router those in `router`, each with its status.
+
+    Error codes are integers; comments keep the socket warm; the role comes with `content: null`.
+
+    A router answers at once when it is told to load, and does it within `load_s`; what it is asked for it
+    loads by itself. `broken` models end while they load.
 
     `knows_tools` is whether the model's chat template does: where not, tools are left out in silence.
     """
 
+    load_s = 0.0
+    broken = False
+
+    def __init__(self, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.router: dict[str, str] = {}
+        self._moving: set[asyncio.Task[None]] = set()
+
+    def text(self, body: Any) -> str:
+        """A router's child is there, or comes."""
+        if self.router:
+            self.router[body["model"]] = "loaded"
+        return super().text(body)
+
+    async def _move(self, model: str, to: str) -> None:
+        await asyncio.sleep(self.load_s)
+        self.router[model] = to
+
+    async def _told(self, request: Request, out: Out) -> None:
+        model, loads = request.json["model"], request.path == "/models/load"
+        status = self.router.get(model)
+        if status is None or (status == "unloaded") != loads:
+            problem = "model is not found" if status is None else f"model is already {status}"
+            await out.whole(400, self.error(400, problem, "invalid_request_error"))
+            return
+        if loads:
+            self.router[model] = "loading"
+        task = asyncio.create_task(self._move(model, "loaded" if loads and not self.broken else "unloaded"))
+        self._moving.add(task)
+        task.add_done_callback(self._moving.discard)
+        await out.whole(200, {"success": True})
+
     async def other(self, request: Request, out: Out) -> None:
         """`/props` and `/health`."""
-        if request.path == "/props":
+        if self.router and request.path in {"/models/load", "/models/unload"}:
+            if not await self.refuse(out):
+                await self._told(request, out)
+        elif request.path.partition("?")[0] == "/props":
             caps = {"supports_tools": self.knows_tools, "supports_system_role": True}
             await out.whole(200, {"total_slots": 1, "chat_template_caps": caps})
         elif request.path == "/health":
@@ -29,6 +70,14 @@ class LlamaServerDouble(OpenAIDouble):
 
     def listing(self) -> Any:
         """With what the file says of itself."""
+        if self.router:
+            return {
+                "object": "list",
+                "data": [
+                    {"id": name, "object": "model", "status": {"value": status}}
+                    for name, status in self.router.items()
+                ],
+            }
         meta = {"n_ctx": 4096, "n_ctx_train": 8192, "size": 96576768}
         return {
             "object": "list",

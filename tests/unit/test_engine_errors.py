@@ -22,7 +22,7 @@ from ai_agent_server.errors import (
     EngineUnreachableError,
 )
 from ai_agent_server.llm_engines import _event_source as event_source
-from ai_agent_server.llm_engines import _llama_http as llama_http
+from ai_agent_server.llm_engines import _server_http as server_http
 from ai_agent_server.llm_engines.api.anthropic_engine import AnthropicEngine
 from ai_agent_server.llm_engines.api.openai_engine import OpenAIEngine
 from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts
@@ -91,7 +91,7 @@ def made(error: type[Any], module: Any) -> Exception:
 
 @pytest.mark.parametrize("error", transport_errors(httpx))
 def test_every_httpx_error_becomes_ours_at_a_llama_server(error: type[Any]) -> None:
-    ours = llama_http.translate(made(error, httpx), engine="it", timeouts=EngineTimeouts(), connecting=False)
+    ours = server_http.translate(made(error, httpx), engine="it", timeouts=EngineTimeouts(), connecting=False)
     assert type(ours) is TRANSPORT.get(error.__name__, EngineProtocolError)
 
 

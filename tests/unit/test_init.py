@@ -14,7 +14,7 @@ from ai_agent_server.probes import GPU, Found, LocalModel, LocalServer, Urls
 from tests.servers.http_double import HTTPDouble, Out, Request
 
 GB = 1024**3
-ENGINES = frozenset({"local.llama_cpp", "local.ollama", "local.llama_server", "api.openai"})
+ENGINES = frozenset({"local.llama_cpp", "local.ollama", "local.llama_server", "local.vllm", "api.openai"})
 EMBEDDED = {"SmolLM2-135M-Instruct": "small"}
 RTX = GPU(name="NVIDIA GeForce RTX 5060 Ti", memory_mb=16384, free_mb=15000)
 
@@ -104,13 +104,13 @@ def test_chooses_models_by_what_fits(found: Found, on: dict[str, str]) -> None:
     assert switched_on(proposed(found)) == on
 
 
-def test_vllm_is_spoken_to_in_openai_form_where_it_has_no_engine_of_its_own() -> None:
+def test_a_vllm_that_is_found_is_spoken_to_as_one() -> None:
     server = LocalServer(kind="vllm", url="http://127.0.0.1:8000", models=(LocalModel(name="Qwen/Qwen3-8B"),))
     llm = proposed(Found(servers=(server,), engines=ENGINES)).document["llms"]["qwen3-8b"]
     assert (llm["engine"], llm["source"], llm["options"]) == (
-        "api.openai",
+        "local.vllm",
         "local",
-        {"base_url": "http://127.0.0.1:8000/v1"},
+        {"base_url": "http://127.0.0.1:8000"},
     )
 
 

@@ -224,11 +224,10 @@ async def _local_servers(found: tuple[probes.LocalServer, ...], settings: Settin
     }
     engines = {llm.engine for llm in settings.llms.values()}
     checks = []
-    # vLLM has no engine of its own: it is spoken to as an API, at its address.
-    kinds: tuple[tuple[probes.ServerKind, str | None], ...] = (
+    kinds: tuple[tuple[probes.ServerKind, str], ...] = (
         ("ollama", "local.ollama"),
         ("llama-server", "local.llama_server"),
-        ("vllm", None),
+        ("vllm", "local.vllm"),
     )
     for kind, engine in kinds:
         server = next((each for each in found if each.kind == kind), None)

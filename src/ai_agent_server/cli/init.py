@@ -42,7 +42,7 @@ APIS: dict[str, tuple[str, str, JSONObject]] = {
 ENGINES: dict[probes.ServerKind, str] = {
     "ollama": "local.ollama",
     "llama-server": "local.llama_server",
-    "vllm": "api.openai",
+    "vllm": "local.vllm",
 }
 
 
@@ -161,7 +161,6 @@ def _choose(offers: list[_Offer], budget_mb: int, reasons: list[str]) -> list[tu
 def _local(offer: _Offer, tier: str, on: bool, accelerators: dict[str, dict[str, int]]) -> JSONObject:
     server, model = offer.server, offer.model
     engine = ENGINES[server.kind]
-    base_url = f"{server.url}/v1" if engine == "api.openai" else server.url
     llm: JSONObject = {
         "engine": engine,
         "model": model.name,
@@ -173,7 +172,7 @@ def _local(offer: _Offer, tier: str, on: bool, accelerators: dict[str, dict[str,
         else model.context_tokens or MAX_CONTEXT,
         "slots": server.slots,
         "capabilities": list(model.capabilities),
-        "options": {"base_url": base_url},
+        "options": {"base_url": server.url},
     }
     if offer.need_mb:
         llm["memory_mb"] = offer.need_mb

@@ -1,30 +1,17 @@
-"""llama.cpp's HTTP server as its clients see it: streamed chat completions, and what it says of itself."""
+"""llama.cpp's HTTP server as its clients see it: OpenAI's form, less what llama.cpp leaves out in silence."""
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
-from typing import TypeVar
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from urllib.parse import quote
 
-import httpx
 import msgspec
 
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, JSONObject
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
-from ai_agent_server.errors import (
-    EngineError,
-    EngineProtocolError,
-    EngineRequestError,
-    EngineTimeoutError,
-    EngineUnreachableError,
-)
-from ai_agent_server.llm_engines import _openai_wire as wire
+from ai_agent_server.errors import EngineRequestError
 from ai_agent_server.llm_engines import _tools_by_schema as tools_by_schema
-from ai_agent_server.llm_engines import _vectors
-from ai_agent_server.llm_engines._event_source import EventSource
-from ai_agent_server.llm_engines._pace import Pace
-from ai_agent_server.llm_engines._refusal import refusal, retry_after_s
+from ai_agent_server.llm_engines._server_http import ServerHTTP
 from ai_agent_server.llm_engines.base import EngineTimeouts
-
-T = TypeVar("T")
 
 
 class _Capabilities(msgspec.Struct, frozen=True):
@@ -35,34 +22,15 @@ class _Props(msgspec.Struct, frozen=True):
     chat_template_caps: _Capabilities = _Capabilities()
 
 
-class LlamaHTTP:
+class LlamaHTTP(ServerHTTP):
     """A client of one llama.cpp server at `base_url` (no `/v1`)."""
 
     def __init__(
         self, base_url: str, *, engine: str, timeouts: EngineTimeouts, api_key: str | None = None
     ) -> None:
-        self._engine, self._timeouts, self._secret = engine, timeouts, api_key
+        # It closes a kept connection after five seconds or a hundred requests.
+        super().__init__(base_url, engine=engine, timeouts=timeouts, api_key=api_key, keep_alive=False)
         self._template_has_tools: bool | None = None
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._chats = EventSource(
-            f"{base_url}/v1/chat/completions",
-            headers=headers,
-            engine=engine,
-            timeouts=timeouts,
-            secret=api_key,
-            # llama.cpp's server closes a kept connection after five seconds or a hundred requests.
-            keep_alive=False,
-        )
-        self._client = httpx.AsyncClient(
-            base_url=base_url,
-            headers=headers,
-            # Silence is timed by Pace; only the connect is left to the transport.
-            timeout=httpx.Timeout(None, connect=timeouts.connect_s),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
-            # What a local server is asked must not leave the machine by a proxy or a redirect.
-            trust_env=False,
-            follow_redirects=False,
-        )
 
     async def stream(
         self, request: ChatRequest, model: str, extra: JSONObject
@@ -72,95 +40,26 @@ class LlamaHTTP:
         A model whose chat template knows no tools (llama.cpp would leave them out in silence)
         is held to a call by a grammar; its answer then comes in one piece.
         """
-        if request.tools and request.tool_choice != "none" and not await self._has_tools():
+        plain = super().stream
+        if request.tools and request.tool_choice != "none" and not await self._has_tools(model):
             deltas = tools_by_schema.stream(
-                request, lambda asked: self._stream(asked, model, extra), engine=self._engine
+                request, lambda asked: plain(asked, model, extra), engine=self._engine
             )
         else:
-            deltas = self._stream(request, model, extra)
+            deltas = plain(request, model, extra)
         async with aclosing(deltas):
             async for delta in deltas:
                 yield delta
-
-    async def _has_tools(self) -> bool:
-        if self._template_has_tools is None:
-            self._template_has_tools = (await self.get("/props", _Props)).chat_template_caps.supports_tools
-        return self._template_has_tools
-
-    def _stream(self, request: ChatRequest, model: str, extra: JSONObject) -> AsyncGenerator[ChatDelta, None]:
-        body = {**wire.payload(request, model, max_tokens_field="max_tokens"), **extra}
-        return self._chats.deltas(body, Pace(self._timeouts, self._engine), request.traceparent)
 
     async def embed(self, request: EmbeddingRequest, model: str) -> EmbeddingReply:
         """The vectors of the inputs. llama.cpp cannot shorten them."""
         if request.dimensions is not None:
             raise EngineRequestError("llama.cpp cannot shorten its vectors", engine=self._engine)
-        body = _vectors.payload(request, model)
-        pace = Pace(self._timeouts, self._engine)
-        with self._translated(connecting=True):
-            async with pace.waiting():
-                response = await self._client.post("/v1/embeddings", json=body)
-        answer = self._decoded(response, "/v1/embeddings", _vectors.Embeddings)
-        return _vectors.reply(answer, request, engine=self._engine)
+        return await super().embed(request, model)
 
-    async def get(self, path: str, shape: type[T]) -> T:
-        """What a GET of `path` answers, within the connect time-out. Never touches a model."""
-        pace = Pace(
-            msgspec.structs.replace(self._timeouts, first_token_s=self._timeouts.connect_s), self._engine
-        )
-        with self._translated(connecting=True):
-            async with pace.waiting():
-                response = await self._client.get(path)
-        return self._decoded(response, path, shape)
-
-    def _decoded(self, response: httpx.Response, path: str, shape: type[T]) -> T:
-        if response.status_code != httpx.codes.OK:
-            raise self._refused(response, response.content)
-        try:
-            return msgspec.json.decode(response.content, type=shape)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise EngineProtocolError(f"{path} answered something else", engine=self._engine) from exc
-
-    async def aclose(self) -> None:
-        """Close every socket."""
-        await self._chats.aclose()
-        await self._client.aclose()
-
-    def _refused(self, response: httpx.Response, body: bytes) -> EngineError:
-        said = wire.decode_error(body)
-        return refusal(
-            response.status_code,
-            said.message,
-            engine=self._engine,
-            code=said.code,
-            retry_after_s=retry_after_s(response.headers),
-            secret=self._secret,
-        )
-
-    @contextmanager
-    def _translated(self, *, connecting: bool = False) -> Iterator[None]:
-        if connecting and self._client.is_closed:
-            raise EngineUnreachableError("the engine was closed", engine=self._engine)
-        try:
-            yield
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as exc:
-            raise translate(exc, engine=self._engine, timeouts=self._timeouts, connecting=connecting) from exc
-
-
-def translate(exc: Exception, *, engine: str, timeouts: EngineTimeouts, connecting: bool) -> EngineError:
-    """Our error for one of httpx's. `connecting`: nothing of an answer came yet."""
-    match exc:
-        case httpx.ConnectTimeout() | httpx.PoolTimeout():
-            return EngineTimeoutError("connect", timeouts.connect_s, engine=engine)
-        case httpx.TimeoutException():
-            return EngineTimeoutError("idle", timeouts.idle_s, engine=engine)
-        case httpx.UnsupportedProtocol() | httpx.LocalProtocolError() | httpx.InvalidURL():
-            return EngineRequestError(f"cannot be asked: {exc}", engine=engine)
-        case httpx.ConnectError() | httpx.ProxyError():
-            return EngineUnreachableError(f"cannot be reached: {exc}", engine=engine)
-        case httpx.TransportError() if connecting:
-            return EngineUnreachableError(
-                f"the connection was lost before an answer began ({type(exc).__name__})", engine=engine
-            )
-        case _:
-            return EngineProtocolError(f"the answer was cut ({type(exc).__name__})", engine=engine)
+    async def _has_tools(self, model: str) -> bool:
+        if self._template_has_tools is None:
+            # A router wants to know whose; a server of one model takes no notice.
+            props = await self.get(f"/props?model={quote(model, safe='')}", _Props)
+            self._template_has_tools = props.chat_template_caps.supports_tools
+        return self._template_has_tools

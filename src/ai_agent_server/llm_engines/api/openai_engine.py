@@ -43,7 +43,7 @@ class OpenAIEngine:
         """Where it is and what it is peculiar about."""
 
         base_url: str = OPENAI_URL
-        """With its version: `http://127.0.0.1:8000/v1` for a vLLM."""
+        """With its version: `https://openrouter.ai/api/v1`."""
         max_tokens_field: wire.MaxTokensField | None = None
         """By default `max_completion_tokens` for OpenAI and `max_tokens`, which all others know."""
         omit: tuple[Literal["temperature", "top_p", "seed", "stop", "stream_options"], ...] = ()
