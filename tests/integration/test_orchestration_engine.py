@@ -16,14 +16,18 @@ from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome, RoleSp
 from ai_agent_server.cluster.alone import Alone
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, ChatUsage, RouteHints, message
-from ai_agent_server.core.exchange import SLACK_PIECES
+from ai_agent_server.core.exchange import SLACK_PIECES, Anybody
+from ai_agent_server.core.next_step import POISON_AFTER
 from ai_agent_server.core.orchestration_engine import OrchestrationEngine, Profile, Role
+from ai_agent_server.core.ports import Grant
 from ai_agent_server.core.task_packet import (
     Artifact,
     FeedbackDraft,
     InputRequired,
     LimitsDraft,
     Progress,
+    Sender,
+    Started,
     StepFinished,
     StepStarted,
     TaskDraft,
@@ -40,6 +44,7 @@ from ai_agent_server.errors import (
     InvalidOutputError,
     InvalidPacketError,
     InvalidTransitionError,
+    LimitExceededError,
     SandboxError,
     ShuttingDownError,
     StoreUnusableError,
@@ -95,6 +100,19 @@ class NoSandbox:
 
     async def run(self, *args: Any, **kwargs: Any) -> Any:
         raise SandboxError("no tier works")
+
+
+class Rationed:
+    """Senders that refuse the first so many calls, and admit every later one."""
+
+    def __init__(self, refusals: int) -> None:
+        self.refusals = refusals
+
+    def admit(self, sender: Sender, hints: RouteHints, *, tokens: int) -> Grant:
+        if self.refusals:
+            self.refusals -= 1
+            raise LimitExceededError("used up", unit="tokens", retry_after_s=60, is_quota=False, headers={})
+        return Anybody().admit(sender, hints, tokens=tokens)
 
 
 class Scripted:
@@ -222,6 +240,20 @@ async def test_the_main_job_runs_from_plan_to_a_passing_test(tmp_path: Path, wor
     assert [event.seq for event in done.history] == list(range(1, done.revision + 1))
     assert done.result is not None
     assert done.result["verdict"] == "pass"
+
+
+async def test_a_task_that_waits_for_its_senders_share_many_times_goes_on(
+    tmp_path: Path, words: Words
+) -> None:
+    senders = Rationed(2 * POISON_AFTER)
+    async with running(tmp_path, words, senders=senders) as engine:
+        packet, _ = await engine.submit(draft(scope="role"), via="rest")
+        async with asyncio.timeout(60):
+            while not (done := await engine.read(packet.task_id)).status.is_final:
+                await engine.resume(packet.task_id, via="rest")  # it looks again at once
+                await asyncio.sleep(0.002)
+    assert (done.status, done.reason, senders.refusals) == (TaskStatus.COMPLETED, None, 0)
+    assert sum(isinstance(event, Started) for event in done.history) == 1
 
 
 async def test_every_hop_says_why_it_was_taken(tmp_path: Path, words: Words) -> None:

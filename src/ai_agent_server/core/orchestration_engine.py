@@ -181,6 +181,8 @@ class OrchestrationEngine:
         self._elsewhere: dict[str, str] = {}
         """Live task -> the server that has it."""
         self._waiting_until: dict[str, datetime] = {}
+        self._put_off: set[str] = set()
+        """Waits for its sender's share, taken by a worker as it was."""
         self._unwritten: dict[str, StepFinished] = {}
         self._canceling: set[str] = set()
         self._cut: dict[str, StepFinished] = {}
@@ -534,6 +536,7 @@ class OrchestrationEngine:
         self._elsewhere.pop(task_id, None)
         self._waiting_until.pop(task_id, None)
         self._unwritten.pop(task_id, None)
+        self._put_off.discard(task_id)
 
     async def _run(self, task_id: str) -> None:
         with structlog.contextvars.bound_contextvars(task_id=task_id):
@@ -615,15 +618,16 @@ class OrchestrationEngine:
             try:
                 finished = await self._step(packet, profile, action)
             except LimitExceededError as exc:
-                self._put_off(packet.task_id, exc.retry_after_s or 0.0)
+                self._wait_for_share(packet.task_id, exc.retry_after_s or 0.0)
                 return
             if not self._accepting and finished.outcome in {"unavailable", "cut", "error"}:
                 # The engines are stopping with us; the next start takes the step up again.
                 return
             pending = (finished,)
 
-    def _put_off(self, task_id: str, wait_s: float) -> None:
-        """Leave the task as a crash would, until its sender may use an LLM again; others get the worker."""
+    def _wait_for_share(self, task_id: str, wait_s: float) -> None:
+        """Leave the task as it is until its sender may use an LLM again; others get the worker."""
+        self._put_off.add(task_id)
         self._waiting_until[task_id] = self._clock() + timedelta(seconds=wait_s)
         log.info("task.put_off", wait_s=round(wait_s, 3))
 
@@ -631,7 +635,11 @@ class OrchestrationEngine:
         """What is to be recorded before the first decision: who works on it, what was not written."""
         held = packet.status is TaskStatus.INPUT_REQUIRED or packet.paused_at is not None
         working = not packet.status.is_final and not held
-        taken = (self._taken(packet),) if working else ()
+        # One that waited for its sender's share was never let go of: to take it anew each time it asks
+        # would fill its history, and look like a step at which servers crash.
+        ours_still = packet.task_id in self._put_off and packet.holder == self._leases.holder
+        taken = (self._taken(packet),) if working and not ours_still else ()
+        self._put_off.discard(packet.task_id)
         self._crashed.discard(packet.task_id)
         unwritten = self._unwritten.pop(packet.task_id, None)
         if unwritten is None or not _still_holds(unwritten, packet):
