@@ -13,12 +13,13 @@ import msgspec
 import pytest
 import uuid_utils
 
+from ai_agent_server.cli.folder import everyone
 from ai_agent_server.core.task_packet import Canceled, Started, Submitted, TaskPacket, TaskSummary, summary
 from ai_agent_server.core.transitions import unfolded
 from ai_agent_server.errors import StoreError, TaskArchivedError, TaskNotFoundError
 from ai_agent_server.tasks_state._archive import ARCHIVE, Archive
 from ai_agent_server.tasks_state._retention import Housekeeper, due
-from ai_agent_server.tasks_state._verify import verify
+from ai_agent_server.tasks_state._verify import TaskFiles, verify
 from ai_agent_server.tasks_state.base import Retention, TaskFilter
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
 from tests.acceptance.test_cli import cli
@@ -103,6 +104,43 @@ async def test_archived_tasks_are_whole_and_are_said_to_be_gone_and_where(tmp_pa
     with pytest.raises(TaskNotFoundError) as unknown:
         await store.read(live.replace(live[-4:], "0000"))
     assert not isinstance(unknown.value, TaskArchivedError)
+    await store.aclose()
+
+
+class Asked(JsonFileStore):
+    """A store that knows which tasks it was asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked: list[str] = []
+
+    async def read(self, task_id: str) -> TaskPacket:
+        self.asked.append(task_id)
+        return await super().read(task_id)
+
+
+async def test_what_is_gone_is_not_asked_for_again(tmp_path: Path) -> None:
+    store = Asked(tmp_path)
+    await store.open()
+    await ended(store, 70, 40, 2)
+    housekeeper = keeper(store, tmp_path)
+    await housekeeper.tidy()
+    store.asked.clear()
+    assert await housekeeper.tidy() == 0
+    assert store.asked == []
+    await store.aclose()
+
+
+async def test_an_export_has_what_was_archived_while_it_read(tmp_path: Path) -> None:
+    store = await opened(tmp_path)
+    first = await ended(store, 40)
+    await keeper(store, tmp_path).tidy()
+    meanwhile = await ended(store, 5, 6)
+    exported = everyone(Archive(tmp_path / ARCHIVE), TaskFiles(tmp_path))
+    found = [next(exported).task_id]
+    await keeper(store, tmp_path).tidy()
+    found += [packet.task_id for packet in exported]
+    assert Counter(found) == Counter([*first, *meanwhile])
     await store.aclose()
 
 

@@ -25,7 +25,7 @@ from ai_agent_server.tasks_state._verify import TaskFiles, Verified
 from ai_agent_server.tasks_state.base import Retention
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
 
-__all__ = ("archive", "export", "verify")
+__all__ = ("archive", "everyone", "export", "verify")
 
 
 def verify(
@@ -90,9 +90,8 @@ def export(
     """
     root = state_folder(state_dir)
     with translated(root):
-        packets = TaskFiles(root).packets()
-        if archived:
-            packets = _both(Archive(root / ARCHIVE).packets(), packets)
+        files = TaskFiles(root)
+        packets = everyone(Archive(root / ARCHIVE), files) if archived else files.packets()
         if str(file) == "-":
             for packet in packets:
                 print_json(packet, pretty=False)
@@ -159,10 +158,17 @@ async def _tidied(root: Path, kept: Archive, retention: Retention) -> int:
         await store.aclose()
 
 
-def _both(archived: Iterator[TaskPacket], there: Iterator[TaskPacket]) -> Iterator[TaskPacket]:
-    """Each task once: one that is being moved is in both."""
-    seen: dict[str, datetime] = {}
-    for packet in archived:
-        seen[packet.task_id] = packet.created_at
-        yield packet
-    yield from (packet for packet in there if seen.get(packet.task_id) != packet.created_at)
+def everyone(archive: Archive, files: TaskFiles) -> Iterator[TaskPacket]:
+    """Each task once, the archived first: one that is being moved is in both places."""
+    before, seen = archive.months(), dict[str, datetime]()
+
+    def unseen(packets: Iterator[TaskPacket]) -> Iterator[TaskPacket]:
+        for packet in packets:
+            if seen.get(packet.task_id) != packet.created_at:
+                seen[packet.task_id] = packet.created_at
+                yield packet
+
+    yield from unseen(archive.packets())
+    yield from unseen(files.packets())
+    if archive.months() != before:  # moved since the archive was read, and gone when the files were
+        yield from unseen(archive.packets())

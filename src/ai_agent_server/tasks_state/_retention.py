@@ -1,7 +1,7 @@
 """Retention: ended tasks leave the store by age and by count, into the archive or for good."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Self
@@ -69,8 +69,10 @@ class Housekeeper:
 
     async def tidy(self) -> int:
         """Let go of what is due, and answer how many tasks that were. Raises `StoreError` children."""
-        gone = await self._finish() if self._retention.archive else 0
-        task_ids = due(await self._ended(), self._retention, self._clock())
+        ended = await self._ended()
+        left = await self._finish({task.task_id for task in ended}) if self._retention.archive else set()
+        gone = len(left)
+        task_ids = due((task for task in ended if task.task_id not in left), self._retention, self._clock())
         for start in range(0, len(task_ids), _BATCH):
             packets = await self._read(task_ids[start : start + _BATCH])
             if self._retention.archive:
@@ -92,12 +94,20 @@ class Housekeeper:
                 log.exception("retention.broke")
             await asyncio.sleep(self._every_s)
 
-    async def _finish(self) -> int:
-        """Delete what an earlier run archived and could not delete any more."""
-        archived = await asyncio.to_thread(lambda: list(self._archive.last_batches()))
+    async def _finish(self, ended: Collection[str]) -> set[str]:
+        """Delete what an earlier run archived and could not delete any more; answers what that was.
+
+        Asked for is only what is among the `ended`: for each task that is gone the store reads the
+        indexes of the whole archive.
+        """
+        archived = await asyncio.to_thread(
+            lambda: [packet for packet in self._archive.last_batches() if packet.task_id in ended]
+        )
         there = {packet.task_id: packet for packet in await self._read([p.task_id for p in archived])}
         # The same id may have been used again since: that is another task.
-        return await self._delete([packet for packet in archived if there.get(packet.task_id) == packet])
+        left = [packet for packet in archived if there.get(packet.task_id) == packet]
+        await self._delete(left)
+        return {packet.task_id for packet in left}
 
     async def _ended(self) -> list[TaskSummary]:
         ended: list[TaskSummary] = []
