@@ -114,6 +114,15 @@ def test_a_part_that_is_not_there_has_no_numbers(world: World) -> None:
     assert not [name for name in world.samples() if "nats" in name or "store" in name]
 
 
+def test_a_tasks_call_that_broke_is_told_as_one_that_did_not_end_well(world: World) -> None:
+    world.task(step(outcome="cut", call=call(finish_reason="error")))
+    told = {name: value for name, value in world.samples().items() if name.startswith("gen_ai")}
+    assert {
+        value for name, value in told.items() if "duration_seconds_count" in name and "'cut'" in name
+    } == {1}
+    assert not [name for name in told if name.startswith("gen_ai_server")]
+
+
 def test_use_is_told_by_llm_profile_role_and_source(world: World) -> None:
     world.task(step(call=call()), step("qa", "fail", call=call(cost_usd=0.0)))
     world.task(

@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from ai_agent_server.channels.base import ChannelHealth, ChannelState
 from ai_agent_server.config.settings import MetricNames
+from ai_agent_server.core.exchange import CUT
 from ai_agent_server.core.genai_metrics import GenAICall, GenAIMetrics, GenAIModel
 from ai_agent_server.core.ports import EngineStatus, WebhookStatus
 from ai_agent_server.core.task_packet import AnyTaskEvent, LLMCall, StepFinished, TaskPacket, TaskStatus
@@ -352,6 +353,7 @@ class Metrics:
         self._genai.observe(
             GenAICall(
                 llm=call.llm,
+                error=step.outcome if call.finish_reason == CUT else "",
                 input_tokens=call.input_tokens,
                 output_tokens=call.output_tokens,
                 duration_s=call.duration_ms / 1000,
