@@ -15,6 +15,7 @@ from bench.gpu_queue.summary import (
     Figure,
     Row,
     behind,
+    behind_markdown,
     figures_markdown,
     first_token_p95_s,
     foretold_error,
@@ -52,12 +53,14 @@ def main() -> int:
             unit="ms",
         )
     )
-    table, promises = markdown(rows, titles), figures_markdown(figures)
-    print(f"{table}\n\n{promises}\n")
-    for line in behind(rows, OURS):
-        print(f"behind on {line}")
+    parts = {
+        "table": markdown(rows, titles),
+        "figures": figures_markdown(figures),
+        "behind": behind_markdown(behind(rows, OURS), titles),
+    }
+    print("\n\n".join(parts.values()))
     if options.write:
-        PAGE.write_text(filled(PAGE.read_text("utf-8"), table=table, figures=promises), "utf-8")
+        PAGE.write_text(filled(PAGE.read_text("utf-8"), **parts), "utf-8")
         PLOT.write_text(svg(rows, titles, tuple(POLICIES), FIFO), "utf-8")
     broken = [figure.what for figure in figures if not figure.holds]
     for what in broken:

@@ -161,15 +161,24 @@ def figures_markdown(figures: Iterable[Figure]) -> str:
     return "\n".join(lines)
 
 
-def behind(rows: Iterable[Row], ours: str) -> list[str]:
-    """Where another policy does better than ours, by more than a twentieth: trace, policy, what."""
-    found: list[str] = []
+class Behind(msgspec.Struct, frozen=True, kw_only=True):
+    """Where another policy does better than ours, by more than a twentieth."""
+
+    trace: str
+    policy: str
+    measures: tuple[tuple[str, float, float], ...]
+    """What, theirs, ours."""
+
+
+def behind(rows: Iterable[Row], ours: str) -> list[Behind]:
+    """Each trace and policy in which ours is not the best in everything at once."""
+    found: list[Behind] = []
     table = list(rows)
     mine = {each.trace: each for each in table if each.policy == ours}
     for each in table:
         own = mine[each.trace]
-        worse = [
-            f"{name} {theirs:g} against {our:g}"
+        worse = tuple(
+            (name, theirs, our)
             for name, our, theirs in (
                 ("loads", own.loads, each.loads),
                 ("makespan", own.makespan_s, each.makespan_s),
@@ -177,7 +186,16 @@ def behind(rows: Iterable[Row], ours: str) -> list[str]:
                 ("unfairness", 1 - own.fairness, 1 - each.fairness),
             )
             if our > 1.05 * theirs + 0.01
-        ]
+        )
         if each.policy != ours and worse:
-            found.append(f"{each.trace}, {each.policy}: {', '.join(worse)}")
+            found.append(Behind(trace=each.trace, policy=each.policy, measures=worse))
     return found
+
+
+def behind_markdown(found: Iterable[Behind], titles: Mapping[str, str]) -> str:
+    """Where it is behind, as a table."""
+    lines = ["| trace | ahead of this server | in what: theirs, ours |", "|---|---|---|"]
+    for each in found:
+        told = "; ".join(f"{name} {theirs:g}, {our:g}" for name, theirs, our in each.measures)
+        lines.append(f"| {titles[each.trace]} | {each.policy} | {told} |")
+    return "\n".join(lines)

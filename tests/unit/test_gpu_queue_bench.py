@@ -6,7 +6,15 @@ import pytest
 from bench.gpu_queue.__main__ import PAGE, PLOT, play
 from bench.gpu_queue.peers import Fifo, LlamaSwapLike, OllamaLike
 from bench.gpu_queue.simulator import SimulationError, World, simulate
-from bench.gpu_queue.summary import behind, figures_markdown, jain, markdown, max_min, quantile
+from bench.gpu_queue.summary import (
+    behind,
+    behind_markdown,
+    figures_markdown,
+    jain,
+    markdown,
+    max_min,
+    quantile,
+)
 from bench.gpu_queue.traces import Job, SimulatedModel, Trace
 
 from ai_agent_server.load_balancer.scheduler import Load, Start, Unload
@@ -89,4 +97,6 @@ def test_the_figures_hold_and_the_page_has_them() -> None:
     assert markdown(rows, titles) in page
     assert figures_markdown(figures) in page
     assert (ROOT / PLOT).read_text("utf-8").count("<rect") > len(rows)
-    assert all("llama-swap-like" in line for line in behind(rows, "this server"))
+    found = behind(rows, "this server")
+    assert {each.policy for each in found} == {"llama-swap-like"}
+    assert behind_markdown(found, titles) in page
