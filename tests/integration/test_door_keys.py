@@ -149,7 +149,7 @@ async def keys(folder: Path, *arguments: str) -> tuple[int, str, str]:
 async def test_a_key_of_the_command_line_opens_a_running_server_until_it_is_revoked(tmp_path: Path) -> None:
     async with server(tmp_path) as running, running.http() as http:
         code, out, told = await keys(
-            tmp_path, "new", "laptop", "--scope", "chat", "--limit", "per_s=3600,requests=1"
+            tmp_path, "new", "laptop", "--scope", "chat", "--limit", "per_s=3600,requests=1", "--cache"
         )
         assert code == 0
         assert "not shown again" in told
@@ -166,7 +166,8 @@ async def test_a_key_of_the_command_line_opens_a_running_server_until_it_is_revo
     assert [answer.status_code for answer in chats] == [200, 429]
     assert task.status_code == 403
     (item,) = json.loads(listed[1])["items"]
-    assert (item["name"], item["scopes"]) == ("laptop", ["chat"])
+    assert (item["name"], item["scopes"], item["cache"]) == ("laptop", ["chat"], True)
+    assert chats[0].headers["x-cache"] == "miss"
     assert "sha256" not in item
     assert (again[0], gone[0]) == (2, 2)
     assert "there is a key 'laptop'" in again[2]

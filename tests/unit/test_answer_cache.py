@@ -257,6 +257,19 @@ async def test_one_asks_and_the_others_hear_it_too(world: World) -> None:
     assert [reading.pays for reading in readings] == [True, False, False, False, False]
 
 
+async def test_who_joins_late_hears_it_from_the_beginning(world: World) -> None:
+    engine = Engine("Blue", " or", " green")
+    engine.may_go_on.clear()
+    early = world.reading(ask()).stream(engine.stream, lambda *_: None)
+    await anext(early)
+    late = asyncio.create_task(read(world.reading(ask()), engine))
+    await asyncio.sleep(0)
+    engine.may_go_on.set()
+    assert "".join([delta.text async for delta in early]) == " or green"
+    assert await late == "Blue or green"
+    assert engine.asked == 1
+
+
 async def test_everybody_who_waits_knows_which_llm_has_the_question(world: World) -> None:
     engine, told = Engine(), list[str]()
     engine.may_go_on.clear()

@@ -13,8 +13,10 @@ KEPT_FOR_S: Final = b"600"
 MAX_ASKED_BYTES: Final = 4096
 EXPOSED: Final = b", ".join(
     (
+        b"Age",
         b"Location",
         b"Retry-After",
+        b"X-Cache",
         b"X-LLM",
         b"X-Overhead-Ms",
         b"X-Routing-Reason",

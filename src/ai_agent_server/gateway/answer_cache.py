@@ -2,8 +2,8 @@
 
 import asyncio
 import hashlib
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextlib import aclosing
 from typing import Literal, TypeAlias
 
@@ -12,11 +12,9 @@ import msgspec
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.core.chat import (
     ChatDelta,
-    ChatReply,
     ChatRequest,
     Decision,
     RouteHints,
-    ToolCallDelta,
     Urgency,
 )
 from ai_agent_server.core.metrics import CacheState
@@ -35,15 +33,15 @@ _Question: TypeAlias = tuple[bytes, Urgency]
 
 
 class _Kept(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A `ChatReply` as JSON: its size is known, and it holds no objects."""
+    """The answer's deltas as JSON: its size is known, and it holds no objects."""
 
-    reply: bytes
+    deltas: bytes
     llm: str
     stored_s: float
 
     @property
     def size_bytes(self) -> int:
-        return len(self.reply) + ENTRY_BYTES
+        return len(self.deltas) + ENTRY_BYTES
 
 
 class AnswerCache:
@@ -93,30 +91,32 @@ class AnswerCache:
         found = self._flights.get(reading.question) if reading.may_join else None
         if found is None:
             found = self._flights[reading.question] = _Flight(
-                ask, landed=lambda flight, reply: self._landed(reading, flight, reply)
+                ask, landed=lambda flight, answer: self._landed(reading, flight, answer)
             )
             reading.outcome = "miss"
         return found
 
-    def _landed(self, asked: "Reading", flight: "_Flight", reply: ChatReply | None) -> None:
+    def _landed(self, asked: "Reading", flight: "_Flight", answer: JoinedStream | None) -> None:
         if self._flights.get(asked.question) is not flight:
             # A reload or a refresh came between: this answer is not the newest there is.
             return
         del self._flights[asked.question]
-        if reply is not None and _is_worth_keeping(reply) and not self._is_stand_in(reply, asked.hints):
-            self._keep(asked.question[0], reply)
+        if answer is None or answer.finish_reason == "content_filter":
+            return
+        if not self._is_stand_in(answer, asked.hints):
+            self._keep(asked.question[0], answer)
 
-    def _is_stand_in(self, reply: ChatReply, hints: RouteHints) -> bool:
+    def _is_stand_in(self, answer: JoinedStream, hints: RouteHints) -> bool:
         """Whether another LLM than usual answered: it would go on standing in after the usual one is back."""
         if hints.llm is not None:
-            return reply.llm != hints.llm
+            return answer.llm != hints.llm
         llms = self._settings().llms
 
         def is_wanted(name: str) -> bool:
             return name in llms and llms[name].tier == hints.tier
 
-        candidates = reply.decision.candidates if reply.decision is not None else ()
-        return not is_wanted(reply.llm) and any(
+        candidates = answer.decision.candidates if answer.decision is not None else ()
+        return not is_wanted(answer.llm) and any(
             is_wanted(candidate.llm) and candidate.refused_by in OUT_FOR_NOW for candidate in candidates
         )
 
@@ -130,13 +130,14 @@ class AnswerCache:
         self._kept.move_to_end(digest)
         return kept
 
-    def _keep(self, digest: bytes, reply: ChatReply) -> None:
+    def _keep(self, digest: bytes, answer: JoinedStream) -> None:
         self._drop(digest)
-        kept = _Kept(
-            reply=msgspec.json.encode(msgspec.structs.replace(reply, decision=None)),
-            llm=reply.llm,
-            stored_s=self._clock(),
-        )
+        first, *others = answer.again()
+        if not others and not first.tool_calls:
+            return  # it says nothing
+        again = Decision(chosen=answer.llm, reason=f"from the cache: {answer.llm} said it", strategy="cache")
+        deltas = (msgspec.structs.replace(first, decision=again), *others)
+        kept = _Kept(deltas=msgspec.json.encode(deltas), llm=answer.llm, stored_s=self._clock())
         self._kept[digest] = kept
         self._kept_bytes += kept.size_bytes
         self._make_room()
@@ -186,7 +187,7 @@ class Reading:
         `sent` is told which LLM's engine has the question, as soon as one has it.
         """
         if self._kept is not None:
-            for delta in _again(msgspec.json.decode(self._kept.reply, type=ChatReply)):
+            for delta in msgspec.json.decode(self._kept.deltas, type=tuple[ChatDelta, ...]):
                 yield delta
             return
         flight = self._cache.flight(self, ask)
@@ -195,48 +196,47 @@ class Reading:
                 yield delta
 
 
+class _Seat:
+    """A reader's place in a flight: what came and was not read yet."""
+
+    __slots__ = ("news", "ready", "sent")
+
+    def __init__(self, so_far: Iterable[ChatDelta], sent: Sent) -> None:
+        self.ready, self.sent, self.news = deque(so_far), sent, asyncio.Event()
+
+
 class _Flight:
     """A question that an LLM is answering, and its readers. It ends with its answer or its last reader."""
 
-    def __init__(
-        self,
-        ask: Ask,
-        *,
-        landed: Callable[["_Flight", ChatReply | None], None],
-    ) -> None:
+    def __init__(self, ask: Ask, *, landed: Callable[["_Flight", JoinedStream | None], None]) -> None:
         self._landed = landed
-        # All of it, for whoever joins late; an LLM's context bounds it.
-        self._deltas: list[ChatDelta] = []
-        self._readers: dict[Reading, Sent] = {}
+        self._joined = JoinedStream()
+        self._seats: dict[Reading, _Seat] = {}
         self._sent_to: tuple[str, Source] | None = None
         self._payer: Reading | None = None
-        self._news = asyncio.Event()
         self._task = asyncio.create_task(self._run(ask(self._sent)), name="answer-for-all")
         self._task.add_done_callback(lambda _: self._tell())
 
     async def read(self, reading: Reading, sent: Sent) -> AsyncGenerator[ChatDelta, None]:
         """Everything from the beginning. Raises what the LLM's engine raises."""
-        self._readers[reading] = sent
+        seat = self._seats[reading] = _Seat(self._joined.again(), sent)
         if self._sent_to is not None:
             sent(*self._sent_to)
-        read = 0
         try:
             while True:
-                news = self._news
-                while read < len(self._deltas):
-                    read += 1
-                    yield self._deltas[read - 1]
-                if not self._task.done():
-                    await news.wait()
-                elif read == len(self._deltas):
+                while seat.ready:
+                    yield seat.ready.popleft()
+                if self._task.done():
                     self._task.result()
                     return
+                seat.news.clear()
+                await seat.news.wait()
         finally:
             await self._leave(reading)
 
     async def _leave(self, reading: Reading) -> None:
-        del self._readers[reading]
-        is_last = not self._readers
+        del self._seats[reading]
+        is_last = not self._seats
         reading.pays = self._payer is reading or (self._payer is None and is_last)
         if is_last:
             self._landed(self, None)  # before anything is awaited: nobody may join what is being ended
@@ -246,26 +246,28 @@ class _Flight:
                 self._task.exception()  # told to those who read; who left need not know of it
 
     async def _run(self, source: AsyncGenerator[ChatDelta, None]) -> None:
-        joined, reply = JoinedStream(), None
+        answer = None
         try:
             async with aclosing(source) as deltas:
                 async for delta in deltas:
-                    joined.add(delta)
-                    self._deltas.append(delta)
+                    self._joined.add(delta)
+                    for seat in self._seats.values():
+                        seat.ready.append(delta)
                     self._tell()
-            reply = joined.reply()
+            if self._joined.finish_reason is not None:
+                answer = self._joined
         finally:
-            self._payer = next(iter(self._readers), None)
-            self._landed(self, reply)
+            self._payer = next(iter(self._seats), None)
+            self._landed(self, answer)
 
     def _sent(self, llm: str, source: Source) -> None:
         self._sent_to = llm, source
-        for sent in self._readers.values():
-            sent(llm, source)
+        for seat in self._seats.values():
+            seat.sent(llm, source)
 
     def _tell(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+        for seat in self._seats.values():
+            seat.news.set()
 
 
 def _digest(request: ChatRequest, whose: tuple[str, ...]) -> bytes:
@@ -277,29 +279,3 @@ def _digest(request: ChatRequest, whose: tuple[str, ...]) -> bytes:
     hints = msgspec.structs.replace(request.route, urgency="interactive", key="")
     question = msgspec.structs.replace(request, route=hints, traceparent="")
     return hashlib.sha256(msgspec.json.encode((whose, question))).digest()
-
-
-def _is_worth_keeping(reply: ChatReply) -> bool:
-    return reply.finish_reason != "content_filter" and bool(reply.text or reply.tool_calls)
-
-
-def _again(reply: ChatReply) -> Iterator[ChatDelta]:
-    """The deltas of an answer that was kept, the first with what the balancer says of it."""
-    decision = Decision(chosen=reply.llm, reason=f"from the cache: {reply.llm} said it", strategy="cache")
-    last = ChatDelta(
-        tool_calls=tuple(
-            ToolCallDelta(index=index, id=call.id, name=call.name, arguments=call.arguments)
-            for index, call in enumerate(reply.tool_calls)
-        ),
-        finish_reason=reply.finish_reason,
-        usage=reply.usage,
-    )
-    deltas = [
-        *([ChatDelta(reasoning=reply.reasoning)] if reply.reasoning else []),
-        *([ChatDelta(text=reply.text)] if reply.text else []),
-        last,
-    ]
-    yield msgspec.structs.replace(
-        deltas[0], model=reply.model, llm=reply.llm, source=reply.source, decision=decision
-    )
-    yield from deltas[1:]

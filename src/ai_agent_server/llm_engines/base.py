@@ -14,6 +14,7 @@ from ai_agent_server.core.chat import (
     Decision,
     FinishReason,
     ToolCall,
+    ToolCallDelta,
 )
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import EngineProtocolError
@@ -134,6 +135,26 @@ class JoinedStream:
         self.llm = delta.llm or self.llm
         self.source = delta.source or self.source
         self.decision = delta.decision or self.decision
+
+    def again(self) -> tuple[ChatDelta, ...]:
+        """What came so far, in as few deltas as say it; nothing before the first."""
+        parts = []
+        if self._reasoning:
+            parts.append(ChatDelta(reasoning="".join(self._reasoning)))
+        if text := "".join(self._text):
+            parts.append(ChatDelta(text=text))
+        calls = tuple(
+            ToolCallDelta(index=index, id=call_id, name=name, arguments="".join(fragments))
+            for index, (call_id, name, fragments) in sorted(self._calls.items())
+        )
+        if calls or self.finish_reason is not None:
+            usage = None if self.usage == ChatUsage() else self.usage
+            parts.append(ChatDelta(tool_calls=calls, finish_reason=self.finish_reason, usage=usage))
+        if parts:
+            parts[0] = msgspec.structs.replace(
+                parts[0], model=self.model, llm=self.llm, source=self.source, decision=self.decision
+            )
+        return tuple(parts)
 
     def reply(self, *, time_to_first_token_ms: float = 0.0, duration_ms: float = 0.0) -> ChatReply:
         """The whole answer. Raises `EngineProtocolError` when no delta said why the stream ended."""
