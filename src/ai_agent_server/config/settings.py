@@ -349,6 +349,10 @@ class CallerLimits(_Section, frozen=True, kw_only=True):
     address: tuple[Allowance, ...] = ()
     """For each IP address (each /64 of IPv6) on a server that asks for no key."""
     tiers: TierAllowances = TierAllowances()
+    profiles: dict[str, tuple[Allowance, ...]] = msgspec.field(default_factory=dict)
+    """By profile: what all its tasks may use together. `requests` are calls of LLMs."""
+    context: tuple[Allowance, ...] = ()
+    """For each context: what the tasks in it may use together. Each needs `per_s`, contexts being many."""
 
 
 class CacheSettings(_Section, frozen=True, kw_only=True):
@@ -440,6 +444,7 @@ def json_schema() -> JSONObject:
         ("ProfileSettings", "roles"),
         ("GatewaySettings", "keys"),
         ("CallbackSettings", "targets"),
+        ("CallerLimits", "profiles"),
     ):
         definitions[section]["properties"][key]["propertyNames"] = {"pattern": NAME_PATTERN}
     return {"$schema": SCHEMA_ID, "title": "configuration.json of AI-Agent-Server", **schema}
@@ -617,6 +622,7 @@ def _check_meaning(settings: Settings, source: str) -> None:
         raise wrong("not an http(s) URL", "tracing", "endpoint")
     _check_profiles(settings, wrong)
     _check_access(settings, wrong)
+    _check_work(settings, wrong)
     models = ("auto", *get_args(Tier), *settings.llms, *roles_as_models(settings))
     for alias, model in settings.gateway.aliases.items():
         if model not in models:
@@ -687,9 +693,6 @@ def _check_access(settings: Settings, wrong: Any) -> None:
                 raise wrong(f"unknown LLM {llm!r}", *where, index, choices=llms)
     if ADMIN_KEY in settings.gateway.keys:
         raise wrong(f"this name is that of the key in {API_KEY}", "gateway", "keys", ADMIN_KEY)
-    for name, target in settings.callbacks.targets.items():
-        if not is_plain(target.url):
-            raise wrong("not an http(s) URL of a host and a path alone", "callbacks", "targets", name, "url")
     owners: dict[str, str] = {}
     for name, project in settings.projects.items():
         for index, path in enumerate(project.paths):
@@ -697,6 +700,22 @@ def _check_access(settings: Settings, wrong: Any) -> None:
                 raise wrong("not an absolute path", "projects", name, "paths", index)
             if (owner := owners.setdefault(path.rstrip("/\\"), name)) != name:
                 raise wrong(f"the project {owner!r} has this path too", "projects", name, "paths", index)
+
+
+def _check_work(settings: Settings, wrong: Any) -> None:
+    """What bounds tasks together, and where they may be told of."""
+    for name in settings.gateway.limits.profiles:
+        if name not in settings.profiles:
+            raise wrong(
+                f"unknown profile {name!r}", "gateway", "limits", "profiles", name,
+                choices=tuple(settings.profiles),
+            )  # fmt: skip
+    for index, allowance in enumerate(settings.gateway.limits.context):
+        if allowance.per_s is None:
+            raise wrong("'per_s' is missing", "gateway", "limits", "context", index, "per_s")
+    for name, target in settings.callbacks.targets.items():
+        if not is_plain(target.url):
+            raise wrong("not an http(s) URL of a host and a path alone", "callbacks", "targets", name, "url")
 
 
 def _origin(url: str) -> str:

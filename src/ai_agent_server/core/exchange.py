@@ -12,8 +12,6 @@ from ai_agent_server.core.task_packet import (
     Limits,
     LLMCall,
     Progress,
-    Sender,
-    Submitted,
     TaskPacket,
     Usage,
 )
@@ -49,11 +47,6 @@ def spent(usage: Usage, limits: Limits) -> str | None:
     return None
 
 
-def _sender(packet: TaskPacket) -> Sender:
-    submitted = next((event for event in packet.history[:1] if isinstance(event, Submitted)), None)
-    return (submitted.sender if submitted is not None else None) or Sender()
-
-
 def _chars(delta: ChatDelta) -> int:
     return len(delta.text) + len(delta.reasoning) + sum(len(call.arguments) for call in delta.tool_calls)
 
@@ -61,7 +54,7 @@ def _chars(delta: ChatDelta) -> int:
 class Anybody:
     """Senders who are bound by nothing but their tasks' own limits."""
 
-    def admit(self, sender: Sender, hints: RouteHints, *, tokens: int) -> Grant:  # noqa: ARG002
+    def admit(self, packet: TaskPacket, hints: RouteHints, *, tokens: int) -> Grant:  # noqa: ARG002
         """See `Senders.admit`."""
         return _Unbound(hints)
 
@@ -112,7 +105,7 @@ class Exchange:
         joined = JoinedStream()
         began = self._monotonic()
         first_token_s, told_s, pieces, chars = 0.0, 0.0, 0, 0
-        grant = self._senders.admit(_sender(self._packet), request.route, tokens=prompt_tokens + max_tokens)
+        grant = self._senders.admit(self._packet, request.route, tokens=prompt_tokens + max_tokens)
         request = msgspec.structs.replace(request, route=grant.hints)
         try:
             async with aclosing(self._llm.stream(request)) as deltas:

@@ -48,7 +48,7 @@ ENDING_OUTCOMES: dict[str, tuple[Reason, str]] = {
     "budget_tokens": ("budget_tokens", "the limit of tokens is used up"),
     "budget_wall": ("budget_wall", "the time is used up"),
     "budget_cost": ("budget_cost", "the limit of cost is used up"),
-    "budget_sender": ("budget_sender", "what the key or the project that sent it may use is used up"),
+    "budget_sender": ("budget_sender", "what it may use together with others is used up"),
     "refused": ("sender_refused", "the key that sent it may not do this any more"),
     "error": ("internal", "the step broke"),
 }

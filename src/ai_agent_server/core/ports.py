@@ -109,8 +109,8 @@ class Grant(Protocol):
 class Senders(Protocol):
     """Those who send tasks: what the LLM calls of their tasks may use."""
 
-    def admit(self, sender: Sender, hints: RouteHints, *, tokens: int) -> Grant:
-        """Let a call in whose prompt and answer come to `tokens` at most.
+    def admit(self, packet: TaskPacket, hints: RouteHints, *, tokens: int) -> Grant:
+        """Let a call of the task in whose prompt and answer come to `tokens` at most.
 
         Raises `LimitExceededError`, and `ScopeError` for a key that is gone or sends no tasks any more.
         """

@@ -499,6 +499,12 @@ class ForkDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     callback: Callback | None = None
 
 
+def sender_of(packet: TaskPacket) -> Sender:
+    """Under which names the task's work is counted."""
+    submitted = next((event for event in packet.history[:1] if isinstance(event, Submitted)), None)
+    return (submitted.sender if submitted is not None else None) or Sender()
+
+
 def summary(packet: TaskPacket) -> TaskSummary:
     """The packet's summary."""
     return TaskSummary(

@@ -15,7 +15,7 @@ from litestar.handlers import BaseRouteHandler
 
 from ai_agent_server.config.settings import KeyRights, KeyScope, Settings
 from ai_agent_server.core.chat import ChatRequest, ChatUsage, RouteHints, Tier
-from ai_agent_server.core.task_packet import LLMCall, Sender
+from ai_agent_server.core.task_packet import LLMCall, Sender, TaskPacket, sender_of
 from ai_agent_server.durable import translated, write_whole
 from ai_agent_server.errors import (
     ConfigurationError,
@@ -107,7 +107,9 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     by_project: dict[str, tuple[str, tuple[str, ...], tuple[Share, ...]]]
     """Name -> privacy, LLM preferences, share."""
     by_key: dict[str, tuple[Share, ...]]
+    by_profile: dict[str, tuple[Share, ...]]
     address: tuple[Bound, ...]
+    context: tuple[Bound, ...]
     tiers: dict[Tier, tuple[Bound, ...]]
 
 
@@ -160,6 +162,11 @@ def access_for(settings: Settings, environ: Mapping[str, str], kept: Mapping[str
         },
         by_key={key.name: _shares(f"key:{key.name}", bounds(key.rights.limits)) for key in ring},
         address=bounds(limits.address),
+        by_profile={
+            name: _shares(f"profile:{name}", bounds(allowances))
+            for name, allowances in limits.profiles.items()
+        },
+        context=bounds(limits.context),
         tiers={"small": bounds(limits.tiers.small), "main": bounds(limits.tiers.main)},
     )
 
@@ -255,15 +262,24 @@ class Door:
             self._take(share, Amounts(requests=1), caller)
         return caller
 
-    def reserve(self, caller: Caller, *, tokens: int, tier: Tier | None, cost_usd: float = 0.0) -> Hold:
-        """See `Accounts.reserve`."""
+    def reserve(
+        self,
+        caller: Caller,
+        *,
+        tokens: int,
+        tier: Tier | None,
+        cost_usd: float = 0.0,
+        work: tuple[Share, ...] = (),
+    ) -> Hold:
+        """See `Accounts.reserve`. A call is one request of the tier and of `work`."""
         held: list[Taken] = []
         if shares := self._shares_of(caller):
             held.append(self._take(shares, Amounts(tokens=tokens, usd=cost_usd), caller))
         if tier is not None and (of_tier := self._access.tiers[tier]):
-            share = (Share(f"tier:{tier}:{self._who(caller)}", of_tier),)
+            work = (Share(f"tier:{tier}:{self._who(caller)}", of_tier), *work)
+        if work:
             try:
-                held.append(self._take(share, Amounts(requests=1, tokens=tokens, usd=cost_usd), caller))
+                held.append(self._take(work, Amounts(requests=1, tokens=tokens, usd=cost_usd), caller))
             except LimitExceededError:
                 self._settle(held, Amounts())
                 raise
@@ -297,8 +313,9 @@ class Door:
             {unit: self._limiter.standing(shares, unit, now_s) for unit in ("requests", "tokens")}
         )
 
-    def admit(self, sender: Sender, hints: RouteHints, *, tokens: int) -> "StepGrant":
+    def admit(self, packet: TaskPacket, hints: RouteHints, *, tokens: int) -> "StepGrant":
         """See `Senders.admit`."""
+        sender = sender_of(packet)
         rights = self._access.rights.get(sender.key)
         if rights is None and sender.key and self._asks_for_keys:
             raise ScopeError(f"the key {sender.key!r} that sent the task is known no more")
@@ -307,7 +324,9 @@ class Door:
         hints = self._bound(hints, sender, rights or KeyRights())
         caller = Caller(key=sender.key, project=sender.project)
         tier = hints.tier or self._tier_of(hints.llm or "")
-        hold = self.reserve(caller, tokens=tokens, tier=tier if sender.key else None)
+        hold = self.reserve(
+            caller, tokens=tokens, tier=tier if sender.key else None, work=self._shares_with(packet)
+        )
         return StepGrant(self, caller, hints, hold, is_in_tier=tier is not None)
 
     def _bound(self, hints: RouteHints, sender: Sender, rights: KeyRights) -> RouteHints:
@@ -320,6 +339,14 @@ class Door:
             prefer=hints.prefer or prefer,
             key=sender.key,
         )
+
+    def _shares_with(self, packet: TaskPacket) -> tuple[Share, ...]:
+        """What the task has together with others of its profile and its context."""
+        shares = self._access.by_profile.get(packet.profile, ())
+        if self._access.context:
+            subject = self._limiter.subject("context", packet.context_id)
+            shares = (*shares, Share(subject, self._access.context))
+        return shares
 
     def _tier_of(self, llm: str) -> Tier | None:
         found = self._settings.llms.get(llm)
