@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,17 @@ FINAL = frozenset({"completed", "failed", "canceled", "rejected"})
 class CountingLLM:
     """An OpenAI-compatible server on a socket: counts the requests of each task, answers after `delay_s`.
 
-    The task is recognised by the word `#n` that a test puts into its payload. While `gate` is closed
-    nobody is answered.
+    The task is recognised by the word `#n#` that a test puts into its payload. While `gate` is closed
+    nobody is answered. `fault` says what goes wrong with a task's n-th request, "" for nothing:
+    `reset`, `error`, `malformed`, `cut`, or `silent` (nothing comes any more).
     """
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.delay_s = delay_s
+        self.fault: Callable[[str, int], str] = lambda _task, _nth: ""
         self.asked: dict[str, int] = {}
+        self.answered: dict[str, int] = {}
+        """How many answers went out whole."""
         self.left = 0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -46,7 +50,8 @@ class CountingLLM:
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection: requests come one after the other."""
         try:
-            while (head := await reader.readuntil(b"\r\n\r\n")) != b"":
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
                 length = next(
                     int(line.split(b":")[1])
                     for line in head.lower().split(b"\r\n")
@@ -54,27 +59,50 @@ class CountingLLM:
                 )
                 body = json.loads(await reader.readexactly(length))
                 said = " ".join(str(message["content"]) for message in body["messages"])
-                name = said.partition("#")[2].partition("#")[0]
-                self.asked[name] = self.asked.get(name, 0) + 1
-                gone = asyncio.create_task(reader.read(1))
-                ready = asyncio.create_task(self._ready())
-                await asyncio.wait((gone, ready), return_when=asyncio.FIRST_COMPLETED)
-                ready.cancel()
-                if gone.done():
-                    self.left += 1
+                if not await self._answer(said.partition("#")[2].partition("#")[0], reader, writer):
                     return
-                gone.cancel()
-                await asyncio.gather(gone, return_exceptions=True)
-                writer.write(_streamed("done"))
-                await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             writer.close()
 
-    async def _ready(self) -> None:
+    async def _answer(self, task: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Whether the connection goes on after one request."""
+        self.asked[task] = self.asked.get(task, 0) + 1
+        fault = self.fault(task, self.asked[task])
+        gone = asyncio.create_task(reader.read(1))
+        ready = asyncio.create_task(self._ready(for_ever=fault == "silent"))
+        try:
+            await asyncio.wait((gone, ready), return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                self.left += 1
+                return False
+        finally:
+            for waiting in (gone, ready):
+                waiting.cancel()
+            await asyncio.gather(gone, ready, return_exceptions=True)
+        whole = _streamed("done")
+        match fault:
+            case "reset":
+                writer.transport.abort()
+                return False
+            case "error":
+                writer.write(b"HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n")
+            case "malformed":
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: {not json\n\n")
+            case "cut":
+                writer.write(whole[: len(whole) // 2])
+            case _:
+                self.answered[task] = self.answered.get(task, 0) + 1
+                writer.write(whole)
+        await writer.drain()
+        return fault in {"", "error"}
+
+    async def _ready(self, *, for_ever: bool) -> None:
         await asyncio.sleep(self.delay_s)
         await self.gate.wait()
+        if for_ever:
+            await asyncio.Event().wait()
 
 
 def _streamed(text: str) -> bytes:

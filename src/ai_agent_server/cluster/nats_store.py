@@ -34,6 +34,7 @@ from ai_agent_server.errors import (
     StoreFullError,
     StoreUnusableError,
     TaskConflictError,
+    TaskLiveError,
     TaskNotFoundError,
 )
 from ai_agent_server.nats_link import OPEN_TIMEOUT_S, REQUEST_TIMEOUT_S, Link, Session
@@ -61,6 +62,7 @@ WRITE_S = 10.0
 RETRY_PAUSE_S = 0.2
 CATCH_UP_S = 60.0
 HEARTBEAT_S = 2.0
+COPY_AGAIN_S = 1.0
 HEADER_BYTES = 128
 """At most what the condition of a write adds to it."""
 COMPRESS_BYTES = 64 * 1024
@@ -299,7 +301,8 @@ class NatsTaskStore:
         task_id = packet.task_id
         try:
             self._publish(packet, await self._put(f"{TASKS}.{task_id}", _encoded(packet), sequence))
-            await self._copy(packet)
+            if not await self._copy(packet):
+                self._note_behind(task_id)
         except _CameFirstError:
             newest = await self._newest(task_id)
             actual = newest.packet.revision if newest is not None else 0
@@ -472,8 +475,7 @@ class NatsTaskStore:
         since = self._index.get(task_id).revision if self._is_known(task_id) else 0
         self._publish(packet, sequence)
         if task_id in self._copied:
-            self._behind.add(task_id)
-            self._stirred.set()
+            self._note_behind(task_id)
         for listener in self._listeners:
             listener(packet, since)
 
@@ -496,8 +498,11 @@ class NatsTaskStore:
         if self._is_known(task_id):
             self._index.remove(task_id)
         if task_id in self._copied:
-            self._behind.add(task_id)
-            self._stirred.set()
+            self._note_behind(task_id)
+
+    def _note_behind(self, task_id: str) -> None:
+        self._behind.add(task_id)
+        self._stirred.set()
 
     # --- copies ---
 
@@ -550,23 +555,36 @@ class NatsTaskStore:
                 return True
 
     async def _keep_copies(self) -> None:
-        """Bring copies up to date after other servers went on with their tasks."""
+        """Bring copies up to date after other servers went on with their tasks, or the disk failed."""
         while True:
             await self._stirred.wait()
             self._stirred.clear()
+            failed: set[str] = set()
             while self._behind:
                 task_id = self._behind.pop()
-                try:
-                    if self._is_known(task_id):
-                        held = self._live.get(task_id) or await self._fetch(task_id)
-                        await self._copy(held.packet)
-                    else:
-                        self._copied.discard(task_id)
-                        await self._copies.delete(task_id)
-                except AgentServerError as exc:
-                    log.info("store.copy_behind", task_id=task_id, problem=str(exc))
+                if not await self._catch_up(task_id):
+                    failed.add(task_id)
+            if failed:
+                await asyncio.sleep(COPY_AGAIN_S)
+                self._behind |= failed
+                self._stirred.set()
 
-    async def _copy(self, packet: TaskPacket) -> None:
+    async def _catch_up(self, task_id: str) -> bool:
+        try:
+            if self._is_known(task_id):
+                held = self._live.get(task_id) or await self._fetch(task_id)
+                return await self._copy(held.packet)
+            await self._copies.delete(task_id)
+        except (TaskNotFoundError, TaskLiveError):
+            # Gone already; or the copy was left behind before the end, and no task's history is made up.
+            log.info("store.copy_left", task_id=task_id)
+        except StoreError as exc:
+            log.info("store.copy_behind", task_id=task_id, problem=str(exc))
+            return False
+        self._copied.discard(task_id)
+        return True
+
+    async def _copy(self, packet: TaskPacket) -> bool:
         """Keep the copy of `packet`. The stream has it: a disk that fails here loses nothing."""
         task_id = packet.task_id
         try:
@@ -577,8 +595,13 @@ class NatsTaskStore:
                 news = packet.history[copy.revision :]
                 with suppress(TaskConflictError):  # a later state was copied meanwhile
                     await self._copies.append(task_id, news, expected_revision=copy.revision)
-        except AgentServerError as exc:
+        except StoreError as exc:
             log.warning("store.copy_failed", task_id=task_id, problem=str(exc))
+            return False
+        except AgentServerError as exc:
+            # The copy is of another life of the task: what the stream has is the truth.
+            log.warning("store.copy_differs", task_id=task_id, problem=str(exc))
+        return True
 
 
 class _News:

@@ -63,7 +63,8 @@ class Readers:
             packet = await self._read(task_id)
             for event in packet.history[since:]:
                 yield event
-            seen = packet.revision
+            # Another server may have told the reader more than this one knows yet.
+            seen = max(since, packet.revision)
             ended = packet.status.is_final
             while not ended:
                 item = await reader.queue.get()
@@ -71,9 +72,10 @@ class Readers:
                     return
                 if isinstance(item, Progress):
                     yield item
-                elif item.seq > seen:
-                    seen = item.seq
-                    yield item
+                else:
+                    if item.seq > seen:
+                        seen = item.seq
+                        yield item
                     ended = isinstance(item, FINAL_EVENTS)
         finally:
             self._leave(task_id, reader)
