@@ -18,7 +18,7 @@ class NatsServer:
     def __init__(self, folder: Path = Path()) -> None:
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self.port = a_free_port()
         self.credentials = "tester:a-secret"
 
     @property
@@ -77,7 +77,7 @@ def a_nats_server(folder: Path) -> Iterator[NatsServer]:
         server.kill()
 
 
-def _free_port() -> int:
+def a_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
