@@ -34,6 +34,7 @@ from tests.servers.process import ServerProcess, write_config
 
 QUIET_S = 60.0
 """For so long after the last fault a task may still run."""
+START_S = 300.0
 LEASE_S = 2.0
 FINAL = frozenset({"completed", "failed", "canceled", "rejected"})
 ENDS = frozenset(f"task.{status}" for status in FINAL)
@@ -135,6 +136,7 @@ class Chaos:
         self.servers: dict[str, ServerProcess] = {}
         self.ports = {name: a_free_port() for name in self.names}
         self.frozen: set[str] = set()
+        self.rounds = [asyncio.Event() for _ in range(max(1, plan.kills))]
         self.over = asyncio.Event()
         upstream = random.Random(plan.seed + 1)
         llm.fault = lambda _task, nth: (
@@ -167,7 +169,9 @@ class Chaos:
 
     async def start(self, name: str) -> None:
         """Start a server on the port that it has for life."""
-        server = ServerProcess(self.state(name), self.config, NATS_LOGIN=self.nats.credentials)
+        server = ServerProcess(
+            self.state(name), self.config, start_timeout_s=START_S, NATS_LOGIN=self.nats.credentials
+        )
         self.servers[name] = await server.start(self.ports[name])
 
     def url(self) -> str:
@@ -199,10 +203,7 @@ class Chaos:
     async def _use(self, http: httpx.AsyncClient, n: int) -> None:
         """One task: submitted, now and then twice at once, and now and then followed."""
         key, copies = f"k{n}", 2 if self.rng.random() < 0.2 else 1
-        rounds = max(1, self.plan.kills)
-        with suppress(TimeoutError):
-            async with asyncio.timeout((n % rounds) * 0.9):
-                await self.over.wait()
+        await self.rounds[n % len(self.rounds)].wait()
         ids = await asyncio.gather(*(self._submit(http, key) for _ in range(copies)))
         self.told.accepted[key] = set(ids)
         if n % 10 == 0:
@@ -256,7 +257,8 @@ class Chaos:
     # --- who breaks them ---
 
     async def _break(self) -> None:
-        for _ in range(self.plan.kills):
+        for coming in self.rounds:
+            coming.set()
             await asyncio.sleep(self.rng.uniform(0.1, 0.9))
             await self._kill(self.rng.choice(self.names))
             if self.rng.random() < self.plan.others:

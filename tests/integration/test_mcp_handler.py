@@ -22,8 +22,11 @@ from ai_agent_server.core.api_schemas import problem_kind
 from ai_agent_server.core.mcp_handler import REASONS, McpHandler, McpHealth
 from ai_agent_server.core.task_packet import (
     Completed,
+    ErrorDetail,
+    Failed,
     FeedbackDraft,
     Hop,
+    Recovered,
     Sender,
     Started,
     StepFinished,
@@ -32,6 +35,7 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     Via,
 )
+from ai_agent_server.core.transitions import fold
 from ai_agent_server.errors import (
     ChannelError,
     CorruptTaskError,
@@ -448,6 +452,38 @@ async def test_nothing_is_lost_or_doubled_when_the_server_is_killed_and_comes_ba
     for task_id in ids:
         assert [seq for told_id, seq in told if told_id == task_id] == list(range(1, 32))
     assert handler.health().channel.reconnects >= 3
+
+
+async def test_events_that_another_server_wrote_and_did_not_live_to_publish_go_out(
+    engine: Engine, handler: McpHandler, outside: Outside
+) -> None:
+    now = datetime.now(UTC)
+    packet, _ = await engine.submit(msgspec.convert(PACKET, TaskDraft), via="rest")
+    await until(lambda: handler.health().unpublished_tasks == 0)
+    elsewhere = fold(packet, [Started(at=now, generation=1, holder="a"), *steps(1)])
+    engine.tasks[packet.task_id] = elsewhere
+    engine.happen(packet.task_id, Recovered(at=now, generation=2, holder="b", why="a is gone"))
+    await until(lambda: handler.health().unpublished_tasks == 0)
+    assert [seq for _, seq in await outside.events()] == [1, 2, 3, 4]
+
+
+async def test_a_task_that_was_there_at_every_crash_is_a_dead_letter_that_can_be_sent_again(
+    handler: McpHandler, engine: Engine, outside: Outside
+) -> None:
+    packet, _ = await engine.submit(msgspec.convert(PACKET, TaskDraft), via="rest")
+    error = ErrorDetail(code="poison", message="planner was cut off 20 times in a row")
+    engine.happen(packet.task_id, Failed(at=datetime.now(UTC), reason="poison", error=error))
+    await until(lambda: handler.health().unpublished_tasks == 0)
+    (letter,) = await outside.kept(DEAD_LETTERS)
+    assert (letter["reason"], letter["problem"], letter["task_id"]) == (
+        "poison",
+        error.message,
+        packet.task_id,
+    )
+    await outside.publish(INBOUND, letter["body"].encode())
+    await until(lambda: len(engine.tasks) == 2)
+    again = engine.tasks[(engine.tasks.keys() - {packet.task_id}).pop()]
+    assert (again.payload, again.context_id) == (packet.payload, packet.context_id)
 
 
 async def test_events_of_before_the_server_was_there_go_out_when_it_is(

@@ -305,3 +305,25 @@ async def test_a_person_pauses_resumes_and_forks_over_a_kill(tmp_path: Path) -> 
         assert (await cli("watch", forked.json["task_id"], cwd=tmp_path, **at)).code == 0
     history = json.loads(Path(server.state_dir, "tasks_state", task_id[-2:], f"{task_id}.json").read_text())
     assert [event["seq"] for event in history["history"]] == list(range(1, history["revision"] + 1))
+
+
+async def test_a_task_that_failed_for_no_fault_of_its_own_is_put_back_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path, llms=scripted("short"), messaging={"enabled": False})
+    async with ServerProcess(tmp_path / "state", config) as server, server.http() as http:
+        at = {"AI_AGENT_SERVER_URL": server.url}
+        await http.patch("/api/v1/llms/scripted", json={"toggle": False})
+        body = {"payload": {"text": "A long text."}}
+        task_id = (await http.post("/api/v1/productivity/summarize", json=body)).json()["task_id"]
+        assert "task.failed" in (await http.get(f"/api/v1/tasks/{task_id}/events")).text
+        failed = (await http.get(f"/api/v1/tasks/{task_id}")).json()
+        assert failed["reason"] == "llm_unavailable"
+        dead = await cli("tasks", "dlq", "--json", cwd=tmp_path, **at)
+        assert [task["task_id"] for task in dead.json] == [failed["task_id"]]
+        await http.patch("/api/v1/llms/scripted", json={"toggle": True})
+        again = await cli("tasks", "requeue", failed["task_id"], cwd=tmp_path, **at)
+        assert (await cli("tasks", "requeue", failed["task_id"], cwd=tmp_path, **at)).out == again.out
+        task_id = again.out.strip()
+        done = (await http.get(f"/api/v1/tasks/{task_id}/events")).text
+        assert "task.completed" in done
+        refused = await cli("tasks", "requeue", task_id, cwd=tmp_path, **at)
+        assert refused.code

@@ -37,10 +37,12 @@ class ServerProcess:
         config: Path | None = None,
         *,
         program: tuple[str, ...] = PROGRAM,
+        start_timeout_s: float = START_TIMEOUT_S,
         **environ: str,
     ) -> None:
         self.state_dir, self.config = state_dir, config
         self.program = program
+        self.start_timeout_s = start_timeout_s
         self.environ = environ
         self.log = state_dir.parent / f"{state_dir.name}.log"
         self.url = ""
@@ -65,7 +67,7 @@ class ServerProcess:
                 env={**os.environ, **self.environ},
             )
         assert self._process.stdout is not None
-        line = (await asyncio.wait_for(self._process.stdout.readline(), START_TIMEOUT_S)).decode()
+        line = (await asyncio.wait_for(self._process.stdout.readline(), self.start_timeout_s)).decode()
         words = [word for word in line.split() if word.startswith("http://")]
         assert words, f"the server did not start: {self.log.read_text()[-3000:]}"
         self.url = words[0]

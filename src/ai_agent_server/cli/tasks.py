@@ -20,6 +20,7 @@ from ai_agent_server.cli.caller import Caller
 from ai_agent_server.cli.options import AsJSON, ServerURL, caller, connect, console, print_json
 from ai_agent_server.client import Client, Fetched
 from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.fork import last_good_step
 from ai_agent_server.core.task_packet import (
     FeedbackDraft,
     ForkDraft,
@@ -28,6 +29,7 @@ from ai_agent_server.core.task_packet import (
     TaskDraft,
     TaskPacket,
     TaskStatus,
+    TaskSummary,
 )
 from ai_agent_server.errors import InvalidPacketError
 from ai_agent_server.tasks_state.base import TaskPage
@@ -57,6 +59,9 @@ Words = Annotated[
         help=f"Where it goes ({DEFAULT_TO} unless said), and what is wanted: words, or the payload as JSON.",
     ),
 ]
+
+DEAD_REASONS = frozenset({"poison", "internal", "llm_unavailable", "sandbox_unavailable"})
+"""Why a task failed that may do better another time."""
 
 tasks = App(name="tasks", help="List tasks; show, cancel, delete one, or send feedback.")
 tasks.command(
@@ -473,6 +478,54 @@ def fork(
         print_json(made.packet)
     else:
         sys.stdout.write(made.packet.task_id + "\n")
+    return Exit.OK
+
+
+@tasks.command
+def requeue(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = False) -> int:
+    """Put a failed task back: a new one goes on after the last step that did its work; print its id.
+
+    Once for each task: a repeat prints the same id.
+    """
+    failed = _on_task(server, lambda client: client.task(task_id)).packet
+    if failed.status is not TaskStatus.FAILED:
+        raise InvalidPacketError(f"task {task_id} has not failed ({failed.status})", expected="a failed task")
+    draft = ForkDraft(step=last_good_step(failed))
+    made = _on_task(server, lambda client: client.fork(task_id, draft, idempotency_key=f"requeue:{task_id}"))
+    if as_json:
+        print_json(made.packet)
+    else:
+        sys.stdout.write(made.packet.task_id + "\n")
+    return Exit.OK
+
+
+@tasks.command
+def dlq(
+    *,
+    limit: Annotated[int, Parameter(help="At most so many.")] = 20,
+    server: ServerURL = None,
+    as_json: AsJSON = False,
+) -> int:
+    """List the tasks that failed for no fault of their own, newest first: `tasks requeue` puts one back."""
+
+    async def talk() -> list[TaskSummary]:
+        found: list[TaskSummary] = []
+        cursor: str | None = None
+        async with connect(server) as client:
+            while True:
+                page = await client.tasks(status=TaskStatus.FAILED, limit=200, cursor=cursor)
+                found += [task for task in page.items if task.reason in DEAD_REASONS]
+                cursor = page.next_cursor
+                if cursor is None or len(found) >= limit:
+                    return found[:limit]
+
+    dead = asyncio.run(talk())
+    if as_json:
+        print_json(dead)
+    elif not dead:
+        console().print("no tasks")
+    else:
+        console().print(view.tasks_table(tuple(dead)), soft_wrap=True)
     return Exit.OK
 
 

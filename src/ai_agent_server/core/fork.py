@@ -5,6 +5,7 @@ import hashlib
 import msgspec
 
 from ai_agent_server.core.chat import JSONObject
+from ai_agent_server.core.next_step import ENDING_OUTCOMES, REPEATED_OUTCOMES
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
     FeedbackReceived,
@@ -37,6 +38,13 @@ def taken_over(origin: TaskPacket, step: int) -> tuple[AnyTaskEvent, ...]:
         for event in origin.history[: ends[step]]
         if isinstance(event, StepStarted | StepFinished | FeedbackReceived | InputRequired)
     )
+
+
+def last_good_step(packet: TaskPacket) -> int:
+    """The last step that did its work, where a task that failed can be taken up again; 0: none did."""
+    vain = ENDING_OUTCOMES.keys() | REPEATED_OUTCOMES.keys()
+    done = [e.step for e in packet.history if isinstance(e, StepFinished) and e.outcome not in vain]
+    return done[-1] if done else 0
 
 
 def changed(payload: JSONObject, changes: JSONObject | None) -> JSONObject:

@@ -34,7 +34,9 @@ from ai_agent_server.core.event_packet import EventPacket, cut, statuses
 from ai_agent_server.core.ports import Orchestration
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
+    Failed,
     FeedbackDraft,
+    Recovered,
     TaskDraft,
     TaskPacket,
     TaskStatus,
@@ -94,8 +96,8 @@ class FeedbackPacket(FeedbackDraft, frozen=True, kw_only=True, forbid_unknown_fi
     kind: Literal["feedback"] = "feedback"
 
 
-class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A message that could not be taken, and why.
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A message that could not be taken, and why; or a task that was there at every crash (`poison`).
 
     Of a `body` that was wrong the first 64 KiB are kept; with `failed` as the reason it is whole.
     """
@@ -108,6 +110,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     body: str
     encoding: Literal["utf-8", "base64"]
     truncated: bool
+    task_id: str = ""
+    """The task that was poison; `ai-agent-server tasks requeue` puts it back."""
 
 
 class McpHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -450,7 +454,10 @@ class _Outbox:
         task_id = packet.task_id
         position = self._positions.get(task_id)
         if position is None:
-            self._positions[task_id] = _Position(events[0].seq, packet.revision, events[0].at)
+            # The server that we have the task from may have died before it published what it wrote.
+            is_taken_over = any(isinstance(event, Recovered) and event.holder for event in events)
+            first = packet.history[0] if is_taken_over else events[0]
+            self._positions[task_id] = _Position(first.seq, packet.revision, first.at)
         else:
             position.revision = packet.revision
         if task_id in self._packets or len(self._packets) < MAX_HELD_PACKETS:
@@ -555,8 +562,37 @@ class _Outbox:
             for event, status in statuses(packet, since=position.next_seq - 1):
                 if position.after is None or event.at > position.after:
                     await self._send_event(task_id, status, event)
+                    if isinstance(event, Failed) and event.reason == "poison":
+                        await self._send_letter(packet, event)
                 position.next_seq = event.seq + 1
         self._done(task_id)
+
+    async def _send_letter(self, packet: TaskPacket, end: Failed) -> None:
+        """A task that was there at every crash, as it could be submitted again."""
+        draft = TaskDraft(
+            payload=packet.payload,
+            profile=packet.profile,
+            role=packet.role,
+            context_id=packet.context_id,
+            scope=packet.scope,
+            privacy=packet.privacy,
+        )
+        body = msgspec.json.encode(draft)
+        letter = DeadLetter(
+            reason="poison",
+            problem=end.error.message,
+            pointer="",
+            subject=INBOUND,
+            received_at=packet.created_at,
+            body=body[:DEAD_BODY_BYTES].decode(errors="ignore"),
+            encoding="utf-8",
+            truncated=len(body) > DEAD_BODY_BYTES,
+            task_id=packet.task_id,
+        )
+        await self._channel.publish(
+            DEAD_LETTERS, msgspec.json.encode(letter), dedupe_id=f"dlq:{packet.task_id}"
+        )
+        log.warning("mcp.dead_letter", task_id=packet.task_id, reason="poison")
 
     async def _send_event(self, task_id: str, status: TaskStatus, event: AnyTaskEvent) -> None:
         dedupe_id = f"{task_id}:{event.seq}"
