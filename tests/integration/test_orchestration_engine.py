@@ -26,7 +26,6 @@ from ai_agent_server.core.task_packet import (
     InputRequired,
     LimitsDraft,
     Progress,
-    Sender,
     Started,
     StepFinished,
     StepStarted,
@@ -108,11 +107,11 @@ class Rationed:
     def __init__(self, refusals: int) -> None:
         self.refusals = refusals
 
-    def admit(self, sender: Sender, hints: RouteHints, *, tokens: int) -> Grant:
+    def admit(self, packet: TaskPacket, hints: RouteHints, *, tokens: int) -> Grant:
         if self.refusals:
             self.refusals -= 1
             raise LimitExceededError("used up", unit="tokens", retry_after_s=60, is_quota=False, headers={})
-        return Anybody().admit(sender, hints, tokens=tokens)
+        return Anybody().admit(packet, hints, tokens=tokens)
 
 
 class Scripted:
