@@ -16,11 +16,18 @@ from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsa
 from ai_agent_server.errors import EngineBusyError, EngineFailedError, NoLLMError
 from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts, LLMEngine, ModelCard, chat
 from ai_agent_server.llm_engines.local.llama_cpp_engine import LlamaCppEngine
+from ai_agent_server.llm_engines.local.llama_server_engine import LlamaServerEngine
+from ai_agent_server.llm_engines.local.ollama_engine import OllamaEngine
+from ai_agent_server.llm_engines.local.vllm_engine import VLLMEngine
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, Member
 from ai_agent_server.load_balancer.base import AcceleratorView, MemoryView
 from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirst
 from ai_agent_server.memory_gauges.base import Gauged
+from tests.servers.http_double import HTTPDouble
+from tests.servers.llama_server_double import LlamaServerDouble
+from tests.servers.ollama_double import OllamaDouble
 from tests.servers.process import ServerProcess, scripted, write_config
+from tests.servers.vllm_double import VLLMDouble
 
 DEADLINE_S = 30.0
 MB = 2**20
@@ -725,6 +732,36 @@ async def test_two_real_models_take_turns_in_memory_that_holds_one() -> None:
             assert measured.memory_mb == pytest.approx(books(engine, "two").memory_mb, rel=0.1)
     finally:
         await engine.aclose()
+
+
+async def test_models_of_three_kinds_of_engine_take_turns_on_one_card() -> None:
+    async with OllamaDouble() as ollama, VLLMDouble() as vllm, LlamaServerDouble() as router:
+        router.router = {"double-1": "unloaded"}
+
+        def made(engine: type[Any], double: HTTPDouble) -> tuple[LLMSettings, LLMEngine]:
+            spec = EngineSpec(name=engine.__name__, model="double-1")
+            return llm("double-1", memory_mb=1500), engine(spec, engine.Options(base_url=double.url))
+
+        members = {
+            "ollama": made(OllamaEngine, ollama),
+            "vllm": made(VLLMEngine, vllm),
+            "router": made(LlamaServerEngine, router),
+        }
+        engine = balanced(members, memory_mb=2000)
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                await engine.refresh_residency()
+                for name in ("ollama", "router", "vllm", "ollama", "vllm", "router"):
+                    assert (await ask(engine, name)).text == ollama.reply
+                    there = {
+                        "ollama": ollama.loaded is not None,
+                        "vllm": not vllm.asleep,
+                        "router": router.router["double-1"] != "unloaded",
+                    }
+                    assert [each for each, is_there in there.items() if is_there] == [name]
+                    assert view(engine).used_mb <= 2000
+        finally:
+            await engine.aclose()
 
 
 async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Path) -> None:
