@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from ai_agent_server.config.settings import MetricNames
 from ai_agent_server.core import genai_metrics
 from ai_agent_server.core.genai_metrics import MAX_ROWS, GenAIModel
-from ai_agent_server.core.metrics import Metrics, Served
+from ai_agent_server.core.metrics import Metrics
+from ai_agent_server.core.metrics_snapshot import Served
 from ai_agent_server.core.ports import EngineStatus
 
 

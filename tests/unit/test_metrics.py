@@ -9,7 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ai_agent_server.channels.base import ChannelHealth
-from ai_agent_server.core.metrics import KEPT, MAX_NAMES, Metrics, MetricsSnapshot
+from ai_agent_server.core.metrics import KEPT, MAX_NAMES, Metrics
+from ai_agent_server.core.metrics_snapshot import MetricsSnapshot
 from ai_agent_server.core.ports import EngineStatus
 from ai_agent_server.core.task_packet import (
     Canceled,

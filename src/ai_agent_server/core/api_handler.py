@@ -45,9 +45,10 @@ from ai_agent_server.core.api_schemas import (
     refusal,
 )
 from ai_agent_server.core.event_stream import EventStream
-from ai_agent_server.core.metrics import PROMETHEUS_TEXT, Metrics
+from ai_agent_server.core.metrics import Metrics
 from ai_agent_server.core.packet_json import decode, decode_query
 from ai_agent_server.core.ports import Balancer, HealthReport, Orchestration, ReloadReport
+from ai_agent_server.core.prometheus_text import PROMETHEUS_TEXT
 from ai_agent_server.core.request_body import read_body
 from ai_agent_server.core.task_frames import Frame, frames
 from ai_agent_server.core.task_packet import (

@@ -29,8 +29,9 @@ from ai_agent_server.core.api_schemas import (
     refusal,
 )
 from ai_agent_server.core.chat import Candidate, Decision, JSONObject
-from ai_agent_server.core.metrics import PROMETHEUS_TEXT, MetricsSnapshot
+from ai_agent_server.core.metrics_snapshot import MetricsSnapshot
 from ai_agent_server.core.ports import Component, HealthReport, ReloadReport
+from ai_agent_server.core.prometheus_text import PROMETHEUS_TEXT
 from ai_agent_server.core.task_packet import (
     Completed,
     FeedbackDraft,

@@ -17,7 +17,7 @@ from ai_agent_server.core.chat import (
     RouteHints,
     Urgency,
 )
-from ai_agent_server.core.metrics import CacheState
+from ai_agent_server.core.metrics_snapshot import CacheState
 from ai_agent_server.gateway.caller import Caller
 from ai_agent_server.llm_engines.base import JoinedStream
 from ai_agent_server.load_balancer.base import Sent, Source

@@ -15,7 +15,7 @@ from ai_agent_server.core.api_operations import Answer, Operation
 from ai_agent_server.core.api_schemas import JSON
 from ai_agent_server.core.chat import ChatUsage, RouteHints
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
-from ai_agent_server.core.metrics import Served
+from ai_agent_server.core.metrics_snapshot import Served
 from ai_agent_server.core.packet_json import explained
 from ai_agent_server.core.ports import Balancer
 from ai_agent_server.core.request_body import read_body

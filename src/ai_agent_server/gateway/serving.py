@@ -9,7 +9,7 @@ import msgspec
 
 from ai_agent_server.config.settings import Settings, roles_as_models
 from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, Tier
-from ai_agent_server.core.metrics import Served
+from ai_agent_server.core.metrics_snapshot import Served
 from ai_agent_server.core.ports import Balancer, Orchestration
 from ai_agent_server.core.task_packet import TaskPacket
 from ai_agent_server.errors import (
