@@ -7,10 +7,17 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from ai_agent_server.channels.base import FEEDBACK
+from ai_agent_server.channels.memory_channel import MemoryChannel
+from ai_agent_server.config.settings import CallbackSettings, CallbackTarget, EnvSecret
+from ai_agent_server.core.chat import RouteHints
+from ai_agent_server.core.mcp_handler import McpHandler
 from ai_agent_server.core.orchestration_engine import OrchestrationEngine
 from ai_agent_server.core.task_packet import (
+    Callback,
     FeedbackDraft,
     FeedbackReceived,
     ForkDraft,
@@ -25,6 +32,7 @@ from ai_agent_server.core.task_packet import (
     TaskStatus,
 )
 from ai_agent_server.core.verification import faults
+from ai_agent_server.core.webhooks import Targets
 from ai_agent_server.errors import (
     IdempotencyConflictError,
     InvalidPacketError,
@@ -256,6 +264,50 @@ async def test_a_fork_from_the_beginning_and_a_fork_of_a_fork(tmp_path: Path, wo
     assert (again.usage.calls, last.usage.calls) == (2, 1)
     assert roles_of(again) == roles_of(last) == ["planner", "fast-coder", "qa"]
     assert last.status is TaskStatus.COMPLETED
+
+
+async def test_what_a_fork_copied_is_not_published_as_news(tmp_path: Path, words: Words) -> None:
+    channel = MemoryChannel()
+    async with running(tmp_path, words, profile(qa=judge("pass"))) as engine:
+        handler = McpHandler(
+            engine,
+            channel,
+            clock=now,
+            metrics=bytes,
+            metrics_interval_s=60,
+            state_path=tmp_path / "published",
+        )
+        async with handler:
+            packet, _ = await engine.submit(draft(), via="rest")
+            await ended(engine, packet.task_id)
+            made, _ = await engine.fork(packet.task_id, ForkDraft(step=2), via="rest")
+            done = await ended(engine, made.task_id)
+        told = []
+        async with channel.subscribe(FEEDBACK, group="outside") as deliveries, asyncio.timeout(DEADLINE_S):
+            while (made.task_id, done.revision) not in told:
+                body = json.loads((await anext(deliveries)).body)
+                told.append((body["task_id"], body["event"]["seq"]))
+    await channel.aclose()
+    assert made.forked_from is not None
+    own = [1, *range(made.forked_from.seq + 1, done.revision + 1)]
+    assert [seq for task_id, seq in told if task_id == made.task_id] == own
+
+
+async def test_what_a_private_role_may_write_goes_to_no_callback_elsewhere(
+    tmp_path: Path, words: Words
+) -> None:
+    developer = profile()["developer"]
+    private = msgspec.structs.replace(developer.roles["qa"], hints=RouteHints(privacy="local"))
+    roles = {**developer.roles, "qa": private}
+    target = CallbackTarget(url="https://ci.example.test/", secret=EnvSecret(env="HOOK"))
+    targets = Targets(lambda: CallbackSettings(targets={"ci": target}), {"HOOK": "a secret"})
+    wanted = draft(callback=Callback(url="https://ci.example.test/hooks"))
+    profiles = {"developer": msgspec.structs.replace(developer, roles=roles)}
+    async with running(tmp_path, words, profiles, check_callback=targets.check) as engine:
+        with pytest.raises(InvalidPacketError, match="leaves this machine"):
+            await engine.submit(wanted, via="rest")
+        alone, _ = await engine.submit(msgspec.structs.replace(wanted, scope="role"), via="rest")
+        await ended(engine, alone.task_id)
 
 
 async def test_what_cannot_be_forked_is_said(tmp_path: Path, words: Words) -> None:

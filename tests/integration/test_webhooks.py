@@ -7,6 +7,7 @@ import hmac
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ async def receiving() -> AsyncIterator[Receiver]:
         await runner.cleanup()
 
 
-def server_for(folder: Path, receiver: Receiver, **callbacks: Any) -> ServerProcess:
+def server_for(folder: Path, receiver: Receiver, *, delay_s: float = 0.1, **callbacks: Any) -> ServerProcess:
     target = {"url": f"{receiver.url}/hooks", "secret": {"env": "HOOK_SECRET"}}
     config = write_config(
         folder,
-        llms=scripted("short", delay_s=0.1),
+        llms=scripted("short", delay_s=delay_s),
         messaging={"enabled": False},
         callbacks={"targets": {"ci": target}, "backoff_s": 0.05, **callbacks},
     )
@@ -133,6 +134,34 @@ async def test_what_was_not_delivered_is_delivered_after_a_kill(tmp_path: Path) 
     for task_id in tasks:
         bodies = [body for _, body in receiver.taken if body["data"]["task_id"] == task_id]
         assert [body["type"] for body in bodies][-2:] == ["task.submitted", "task.completed"]
+
+
+async def test_what_was_delivered_long_ago_and_what_a_fork_copied_is_not_told_again(tmp_path: Path) -> None:
+    async with receiving() as receiver:
+        server = server_for(tmp_path, receiver, delay_s=2)
+        wanted = ["task.paused", "step.finished", "task.completed"]
+        async with server, server.http() as http:
+            origin = await submitted(http, f"{receiver.url}/hooks", *wanted)
+            paused = await http.post(f"/api/v1/tasks/{origin}/pause")
+            assert paused.status_code == 200, paused.text
+            await told(http, lambda found: found["delivered"] == 2 and not found["pending"])
+        # As it is when a minute has passed.
+        at = datetime.now(UTC) + timedelta(seconds=31)
+        kept = {"until": at.isoformat(), "tasks": {}}
+        (server.state_dir / "callbacks.json").write_text(json.dumps(kept))
+        async with server, server.http() as http:
+            await http.post(f"/api/v1/tasks/{origin}/resume")
+            await told(http, lambda found: found["delivered"] == 1 and not found["pending"])
+            callback = {"url": f"{receiver.url}/hooks", "events": wanted}
+            made = await http.post(f"/api/v1/tasks/{origin}/fork", json={"step": 1, "callback": callback})
+            await told(http, lambda found: found["delivered"] == 2 and not found["pending"])
+    said = [(body["data"]["task_id"], body["type"]) for _, body in receiver.taken]
+    assert said == [
+        (origin, "task.paused"),
+        (origin, "step.finished"),
+        (origin, "task.completed"),
+        (made.json()["task_id"], "task.completed"),
+    ]
 
 
 async def test_messages_that_nobody_takes_are_given_up_and_a_target_that_wants_none_is_left(

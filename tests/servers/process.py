@@ -94,7 +94,11 @@ class ServerProcess:
             raise
 
     async def __aenter__(self) -> Self:
-        return await self.start()
+        try:
+            return await self.start()
+        except BaseException:
+            await self.kill()  # nobody else will
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         try:

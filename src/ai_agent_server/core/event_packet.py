@@ -34,6 +34,11 @@ def cut(whole: EventPacket, event: AnyTaskEvent) -> EventPacket:
     return msgspec.structs.replace(whole, event=small, truncated=True, href=f"/api/v1/tasks/{whole.task_id}")
 
 
+def is_copy(packet: TaskPacket, event: AnyTaskEvent) -> bool:
+    """Whether a fork took `event` over: it happened to another task, and was told when it did."""
+    return packet.forked_from is not None and 1 < event.seq <= packet.forked_from.seq
+
+
 def statuses(packet: TaskPacket, *, since: int) -> Iterator[tuple[AnyTaskEvent, TaskStatus]]:
     """Each event after `since` with the task's status after it."""
     if since == packet.revision - 1:

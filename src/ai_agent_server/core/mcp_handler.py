@@ -30,7 +30,7 @@ from ai_agent_server.channels.base import (
     Delivery,
 )
 from ai_agent_server.core import packet_json
-from ai_agent_server.core.event_packet import EventPacket, cut, statuses
+from ai_agent_server.core.event_packet import EventPacket, cut, is_copy, statuses
 from ai_agent_server.core.ports import Orchestration
 from ai_agent_server.core.task_packet import (
     AnyTaskEvent,
@@ -560,7 +560,8 @@ class _Outbox:
             if packet.revision < position.next_seq:
                 break  # deleted, and made anew under the same id
             for event, status in statuses(packet, since=position.next_seq - 1):
-                if position.after is None or event.at > position.after:
+                is_news = position.after is None or event.at > position.after
+                if is_news and not is_copy(packet, event):
                     await self._send_event(task_id, status, event)
                     if isinstance(event, Failed) and event.reason == "poison":
                         await self._send_letter(packet, event)

@@ -319,7 +319,10 @@ class OrchestrationEngine:
         self._checks[profile_name, role_name](draft.payload)
         privacy: Privacy = "local" if role.hints.privacy == "local" else draft.privacy
         if draft.callback is not None:
-            self._check_callback(draft.callback.url, privacy)
+            # Its events have what every role wrote that its way may lead through.
+            writers = (role,) if draft.scope == "role" else profile.roles.values()
+            is_private = any(writer.hints.privacy == "local" for writer in writers)
+            self._check_callback(draft.callback.url, "local" if is_private else privacy)
         return TaskPacket(
             task_id=checked_id(draft.task_id, "/task_id") or self._new_id(),
             context_id=checked_id(draft.context_id, "/context_id") or self._new_id(),

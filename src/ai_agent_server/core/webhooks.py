@@ -20,7 +20,7 @@ import structlog
 from ai_agent_server.config.settings import CallbackSettings, secret
 from ai_agent_server.core.callbacks import signature, target_of
 from ai_agent_server.core.chat import Privacy
-from ai_agent_server.core.event_packet import EventPacket, cut, statuses
+from ai_agent_server.core.event_packet import EventPacket, cut, is_copy, statuses
 from ai_agent_server.core.ports import Orchestration, WebhookStatus
 from ai_agent_server.core.task_packet import AnyTaskEvent, TaskPacket, TaskStatus
 from ai_agent_server.durable import write_whole
@@ -201,7 +201,8 @@ class Webhooks:
         while True:
             page = await self._engine.list(TaskFilter(), limit=_PAGE, cursor=cursor)
             for task in page.items:
-                is_new = not task.status.is_final or (task.updated_at or task.created_at) > mark
+                # What is not in the file and did not change since was delivered long ago.
+                is_new = (task.updated_at or task.created_at) > mark
                 if task.callback is not None and (is_new or task.task_id in known):
                     self._cursors[task.task_id] = known.get(
                         task.task_id, Cursor(next_seq=1, at=self._clock())
@@ -303,7 +304,8 @@ class Webhooks:
     async def _tell(self, packet: TaskPacket, event: AnyTaskEvent, status: TaskStatus) -> Sent:
         """Send one event, where it is wanted."""
         callback = packet.callback
-        if callback is None or event.__struct_config__.tag not in callback.events:
+        is_wanted = callback is not None and event.__struct_config__.tag in callback.events
+        if callback is None or not is_wanted or is_copy(packet, event):
             return "done"
         target = self._targets.find(callback.url)
         if target is None or target in self._disabled:
