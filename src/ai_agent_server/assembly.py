@@ -115,10 +115,11 @@ def tracer_for(settings: Settings, environ: Mapping[str, str]) -> AbstractAsyncC
         return None
     headers = {}
     for name, reference in wanted.headers.items():
-        value = configuration.secret(reference, environ)
-        if not value:
+        value = configuration.secret(reference, environ) or ""
+        if not value or not (value.isascii() and value.isprintable()):
+            why = "has what no header may have" if value else "is not set"
             raise ConfigurationError(
-                f"the variable {reference.env} is not set", pointer=json_pointer(("tracing", "headers", name))
+                f"the variable {reference.env} {why}", pointer=json_pointer(("tracing", "headers", name))
             )
         headers[name] = value
     try:

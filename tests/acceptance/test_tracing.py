@@ -182,6 +182,11 @@ async def test_what_keeps_traces_from_being_told_is_said_before_the_start(
     wants_key = described(endpoint=here, headers={"x-key": {"env": "NOT_THERE"}})
     with pytest.raises(ConfigurationError, match="/tracing/headers/x-key: the variable NOT_THERE is not set"):
         tracer_for(wants_key, {})
+    with pytest.raises(ConfigurationError, match="NOT_THERE has what no header may have") as told:
+        tracer_for(wants_key, {"NOT_THERE": "sk-secret\n"})
+    assert "sk-secret" not in str(told.value)
+    with pytest.raises(ConfigurationError, match="a host and a path alone"):
+        described(endpoint="http://user:sk-secret@127.0.0.1:4318/v1/traces")
     # As it is where the package was not installed.
     monkeypatch.delitem(sys.modules, "ai_agent_server.tracing.otlp")
     monkeypatch.setitem(sys.modules, "opentelemetry.proto", None)

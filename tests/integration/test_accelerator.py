@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -124,8 +125,11 @@ class Device:
         self.others_mb = self.late_mb = 0
         """`late_mb` was given back, but the driver does not show it yet."""
         self.reads = self.closed = 0
+        self.answers = threading.Event()
+        self.answers.set()
 
     def read(self) -> Gauged | None:
+        self.answers.wait()
         self.reads += 1
         taken_mb = sum(self.card.takes_mb[each.name] for each in self.card.engines if each.loaded)
         free_mb = self.total_mb - taken_mb - self.others_mb - self.late_mb
@@ -242,6 +246,21 @@ async def test_what_another_program_takes_is_left_to_it() -> None:
         found = view(engine).device
         assert found is not None
         assert (found.device, found.total_mb) == ("a card", 1000)
+
+
+async def test_a_driver_that_hangs_holds_nobody_up() -> None:
+    async with with_a_gauge() as (engine, _, _, device):
+        await engine.refresh_residency()
+        device.answers.clear()
+        try:
+            await engine.refresh_residency()
+            assert view(engine).device is None
+            await ask(engine, "a")
+        finally:
+            device.answers.set()
+        await until(lambda: device.reads == 2)
+        await engine.refresh_residency()
+        assert view(engine).device is not None
 
 
 async def test_what_a_model_takes_while_it_loads_is_not_another_program_s() -> None:

@@ -618,8 +618,9 @@ def _check_meaning(settings: Settings, source: str) -> None:
             "and leave messaging.enabled on",
             "cluster", "enabled",
         )  # fmt: skip
-    if settings.tracing.endpoint is not None and not _is_http(settings.tracing.endpoint):
-        raise wrong("not an http(s) URL", "tracing", "endpoint")
+    # The log says it: what a collector asks for stands in `headers`.
+    if settings.tracing.endpoint is not None and not is_plain(settings.tracing.endpoint):
+        raise wrong("not an http(s) URL of a host and a path alone", "tracing", "endpoint")
     _check_profiles(settings, wrong)
     _check_access(settings, wrong)
     _check_work(settings, wrong)

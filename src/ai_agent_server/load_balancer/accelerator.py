@@ -84,7 +84,8 @@ class AcceleratorQueue:
         gauge: MemoryGauge | None = None,
     ) -> None:
         self.name = name
-        self._gauge, self._reading = gauge, asyncio.Lock()
+        self._gauge = gauge
+        self._reading: asyncio.Future[Gauged | None] | None = None
         self._device: Gauged | None = None
         self._outside = Outside()
         self._accelerator = accelerator
@@ -295,9 +296,10 @@ class AcceleratorQueue:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        if self._gauge is not None:
-            async with self._reading:
-                await asyncio.to_thread(self._gauge.close)
+        if self._reading is not None:
+            await asyncio.wait((self._reading,), timeout=LOOK_TIMEOUT_S)
+        if self._gauge is not None and (self._reading is None or self._reading.done()):
+            await asyncio.to_thread(self._gauge.close)
 
     # Decisions, done
 
@@ -402,8 +404,19 @@ class AcceleratorQueue:
     async def _read_gauge(self) -> Gauged | None:
         if self._gauge is None or self._closed:
             return None
-        async with self._reading:
-            self._device = await asyncio.to_thread(self._gauge.read)
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(asyncio.to_thread(self._gauge.read))
+        reading = self._reading
+        # A driver that hangs keeps its own thread, and nobody else: it is asked again once it answered.
+        await asyncio.wait((reading,), timeout=LOOK_TIMEOUT_S)
+        if not reading.done():
+            if self._device is not None:
+                log.warning("accelerator.gauge_hangs", accelerator=self.name)
+            self._device = None
+            return None
+        if self._reading is reading:
+            self._reading = None
+            self._device = reading.result()
         return self._device
 
     def _went(self, llm: str, *, gone: bool) -> None:
