@@ -333,7 +333,8 @@ async def test_what_cannot_be_forked_is_said(tmp_path: Path, words: Words) -> No
 
 
 async def test_a_person_pauses_resumes_and_forks_over_a_kill(tmp_path: Path) -> None:
-    config = write_config(tmp_path, llms=scripted("short", delay_s=0.5), messaging={"enabled": False})
+    # The step is under way for as long as the pause takes.
+    config = write_config(tmp_path, llms=scripted("short", delay_s=60), messaging={"enabled": False})
     server = ServerProcess(tmp_path / "state", config)
     body = {"payload": {"text": "A long text."}}
     async with server, server.http() as http:
@@ -342,6 +343,7 @@ async def test_a_person_pauses_resumes_and_forks_over_a_kill(tmp_path: Path) -> 
         paused = await cli("tasks", "pause", task_id, cwd=tmp_path, **at)
         assert "paused" in paused.out, paused
         await server.kill()
+    write_config(tmp_path, llms=scripted("short", delay_s=0.5), messaging={"enabled": False})
     async with server, server.http() as http:
         at = {"AI_AGENT_SERVER_URL": server.url}
         assert (await http.get(f"/api/v1/tasks/{task_id}")).json()["paused_at"] is not None
