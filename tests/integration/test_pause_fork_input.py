@@ -14,6 +14,7 @@ from ai_agent_server.channels.base import FEEDBACK
 from ai_agent_server.channels.memory_channel import MemoryChannel
 from ai_agent_server.config.settings import CallbackSettings, CallbackTarget, EnvSecret
 from ai_agent_server.core.chat import RouteHints
+from ai_agent_server.core.fork import last_good_step
 from ai_agent_server.core.mcp_handler import McpHandler
 from ai_agent_server.core.orchestration_engine import OrchestrationEngine
 from ai_agent_server.core.task_packet import (
@@ -264,6 +265,20 @@ async def test_a_fork_from_the_beginning_and_a_fork_of_a_fork(tmp_path: Path, wo
     assert (again.usage.calls, last.usage.calls) == (2, 1)
     assert roles_of(again) == roles_of(last) == ["planner", "fast-coder", "qa"]
     assert last.status is TaskStatus.COMPLETED
+
+
+async def test_what_a_fork_copied_uses_up_none_of_its_own_rounds(tmp_path: Path, words: Words) -> None:
+    async with running(tmp_path, words, profile(qa=judge("fail"))) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        origin = await ended(engine, packet.task_id)
+        assert origin.status is TaskStatus.FAILED
+        made, _ = await engine.fork(
+            packet.task_id, ForkDraft(step=last_good_step(origin), payload={"task": "another"}), via="rest"
+        )
+        done = await ended(engine, made.task_id)
+    assert made.forked_from is not None
+    copied = made.forked_from.seq
+    assert any(isinstance(e, StepStarted) and e.role != "qa" for e in done.history[copied:])
 
 
 async def test_what_a_fork_copied_is_not_published_as_news(tmp_path: Path, words: Words) -> None:

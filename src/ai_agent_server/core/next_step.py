@@ -274,6 +274,10 @@ class _Decision:
         self.packet, self.workflow, self.external, self.now = packet, workflow, external, now
         self.started = [e for e in packet.history if isinstance(e, StepStarted)]
         self.finished = [e for e in packet.history if isinstance(e, StepFinished)]
+        # What a fork took over is known to it, but uses up nothing of what it may do itself.
+        copied = packet.forked_from.seq if packet.forked_from is not None else 0
+        self.own_history = packet.history[copied:]
+        self.own_finished = [e for e in self.finished if e.seq > copied]
         self.versions = _versions(packet, workflow)
 
     def take(self) -> Action:
@@ -363,7 +367,7 @@ class _Decision:
 
     def _runs(self, edge: Edge) -> int:
         runs = 0
-        for event in reversed(self.packet.history):
+        for event in reversed(self.own_history):
             if not isinstance(event, StepStarted | InputRequired):
                 continue
             if event.role in edge.since:
@@ -380,7 +384,7 @@ class _Decision:
     def _changed_nothing(self, role: str) -> bool:
         made = [(e.role, self._made(e)) for e in self.finished if e.role in self.workflow.makers]
         made = [(maker, content) for maker, content in made if content]
-        if not made or made[-1][0] != role:
+        if not self.own_finished or not made or made[-1][0] != role:
             return False
         return any(content == made[-1][1] for _, content in made[:-1])
 
@@ -391,20 +395,21 @@ class _Decision:
 
     def _stop_rule(self, edge: Edge) -> EndBadly | None:
         workflow = self.workflow
-        if len(self.finished) >= IDLE_STEPS and all(e.call is None for e in self.finished[-IDLE_STEPS:]):
+        finished = self.own_finished
+        if len(finished) >= IDLE_STEPS and all(e.call is None for e in finished[-IDLE_STEPS:]):
             return self._end("loop_detected", f"{IDLE_STEPS} steps in a row asked no LLM anything")
         if edge.feedback and self.packet.usage.feedback_hops >= self.packet.limits.feedback_hops:
             return self._end("max_debug", f"{self.packet.limits.feedback_hops} feedback hops are used up")
         same = Counter(
             (e.role, e.call.prompt_sha256, self._made(e))
-            for e in self.finished
+            for e in finished
             if e.call is not None and self._made(e)
         )
         if same and (top := same.most_common(1)[0])[1] >= workflow.max_same_step:
             return self._end("loop_detected", f"{top[0][0]} gave the same answer {top[1]} times")
         scores = [
             (e.report.anchors_passed, e.report.tests_passed)
-            for e in self.finished
+            for e in finished
             if e.report is not None and e.outcome != "disputed"
         ]
         if scores and len(scores) - 1 - scores.index(max(scores)) >= workflow.max_rounds_without_progress:
@@ -413,7 +418,7 @@ class _Decision:
 
     def _again(self, last: Report, on: str) -> Action:
         in_a_row = 0
-        for event in reversed(self.finished):
+        for event in reversed(self.own_finished):
             if event.role != last.role or event.outcome not in REPEATED_OUTCOMES:
                 break
             in_a_row += 1
@@ -433,7 +438,7 @@ class _Decision:
         return RunStep(step=len(self.started) + 1, role=role, attempt=attempt, hop=hop)
 
     def _ask(self, role: str, hop: Hop) -> AskOutside | EndBadly:
-        if sum(isinstance(event, InputRequired) for event in self.packet.history) >= OUTSIDE_ROUNDS:
+        if sum(isinstance(event, InputRequired) for event in self.own_history) >= OUTSIDE_ROUNDS:
             return self._end("loop_detected", f"somebody outside was waited for {OUTSIDE_ROUNDS} times")
         expires_at = self.now + timedelta(seconds=self.workflow.input_expires_s)
         return AskOutside(role=role, question=hop.why, expires_at=expires_at, hop=hop)
