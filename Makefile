@@ -27,7 +27,7 @@ serve: install ## run the server on http://127.0.0.1:3160 until Ctrl-C
 	@$(BIN)/ai-agent-server serve
 
 test: install ## run every test
-	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: install ## formatting, lint, types, import contracts, generated documents
 	@$(BIN)/ruff format --check .
