@@ -85,6 +85,6 @@ async def test_a_llama_server_calls_tools_whether_its_template_knows_them_or_not
                 ("weather", {"city": "Paris"})
             ]
             assert reply.finish_reason == "tool_calls"
-        assert double.paths().count("/props") == 1
+        assert double.paths().count("/props?model=m") == 1
         assert ("tools" in double.requests[-1].json) is knows_tools
         await engine.aclose()

@@ -18,7 +18,7 @@ from ai_agent_server.core.chat import (
 )
 from ai_agent_server.errors import EngineFailedError, EngineProtocolError
 from ai_agent_server.llm_engines import _openai_wire as wire
-from ai_agent_server.llm_engines._sse import MAX_EVENT_BYTES, Events
+from ai_agent_server.llm_engines._sse import MAX_LINE_BYTES, Events
 
 
 def fold(*events: Any) -> tuple[list[Any], Any]:
@@ -43,7 +43,7 @@ def test_events_are_the_same_however_the_bytes_are_cut(size: int) -> None:
 def test_an_event_without_an_end_is_not_kept_for_ever() -> None:
     events = Events(engine="it")
     with pytest.raises(EngineProtocolError, match="larger"):
-        for _ in range(MAX_EVENT_BYTES // 2**20 + 1):
+        for _ in range(MAX_LINE_BYTES // 2**20 + 1):
             events.feed(b"x" * 2**20)
 
 

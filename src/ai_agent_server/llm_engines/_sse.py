@@ -1,20 +1,19 @@
-"""Server-sent events out of bytes, for the servers that stream answers."""
+"""Lines and server-sent events out of bytes, for the servers that stream answers."""
 
 from typing import Final
 
 from ai_agent_server.errors import EngineProtocolError
 
-__all__ = ("MAX_EVENT_BYTES", "Events")
+__all__ = ("MAX_LINE_BYTES", "Events", "Lines")
 
-MAX_EVENT_BYTES: Final = 8 * 1024 * 1024
+MAX_LINE_BYTES: Final = 8 * 1024 * 1024
 _NO_PAYLOAD: Final = frozenset({b"", b"event", b"id", b"retry"})
 
 
-class Events:
-    """The payload of each `data:` line (these servers never split one). Events' names stand in it too.
+class Lines:
+    """Lines that end at LF or CRLF alone.
 
-    Lines end at LF or CRLF alone: a text-mode line splitter also breaks at U+2028 or U+0085,
-    which a model may write inside a JSON string.
+    A text-mode line splitter also breaks at U+2028 or U+0085, which a model may write inside a JSON string.
     """
 
     def __init__(self, *, engine: str) -> None:
@@ -22,13 +21,24 @@ class Events:
         self._rest = b""
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """The events that `piece` completes. Raises `EngineProtocolError`."""
+        """The lines that `piece` completes. Raises `EngineProtocolError` for one without an end."""
         *lines, self._rest = (self._rest + piece).split(b"\n")
-        if len(self._rest) > MAX_EVENT_BYTES:
-            raise EngineProtocolError("an event is larger than 8 MiB", engine=self._engine)
+        if len(self._rest) > MAX_LINE_BYTES:
+            raise EngineProtocolError("a line of the answer is larger than 8 MiB", engine=self._engine)
+        return [line.removesuffix(b"\r") for line in lines]
+
+
+class Events:
+    """The payload of each `data:` line (these servers never split one). Events' names stand in it too."""
+
+    def __init__(self, *, engine: str) -> None:
+        self._engine = engine
+        self._lines = Lines(engine=engine)
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        """The events that `piece` completes. Raises `EngineProtocolError`."""
         found = []
-        for line in lines:
-            stripped = line.removesuffix(b"\r")
+        for stripped in self._lines.feed(piece):
             if stripped.startswith(b"data:"):
                 found.append(stripped[5:].strip())
             elif stripped.startswith(b"error:"):

@@ -1,8 +1,8 @@
 """Ollama, through the `ollama` client."""
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import msgspec
@@ -30,6 +30,7 @@ from ai_agent_server.llm_engines import _tools_by_schema as tools_by_schema
 from ai_agent_server.llm_engines import _vectors
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._refusal import in_stream, refusal, retry_after_s
+from ai_agent_server.llm_engines._sse import Lines
 from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts, ModelCard
 
 __all__ = ("OllamaEngine",)
@@ -133,7 +134,7 @@ class OllamaEngine:
     async def _stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         pace = Pace(self._spec.timeouts, self._spec.name)
         answer = _Answer(self._spec.name, f"call-{len(request.messages)}")
-        async with aclosing(self._client.lines(self._body(request))) as lines:
+        async with aclosing(self._client.lines(self._body(request), engine=self._spec.name)) as lines:
             while True:
                 with self._translated(connecting=not answer.began):
                     async with pace.waiting():
@@ -200,7 +201,7 @@ class OllamaEngine:
         try:
             yield
         # The client reads an answer's JSON as it comes: one of another shape is a ValueError
-        # (its decoder, pydantic), a TypeError or an AttributeError.
+        # (pydantic), a TypeError or an AttributeError.
         except (
             ollama.RequestError,
             ollama.ResponseError,
@@ -208,6 +209,7 @@ class OllamaEngine:
             httpx.HTTPError,
             httpx.InvalidURL,
             httpx.StreamError,
+            msgspec.MsgspecError,
             ValueError,
             TypeError,
             AttributeError,
@@ -219,7 +221,8 @@ class _Client(ollama.AsyncClient):
     """The client, given a body of our own.
 
     Its typed `chat` leaves out what its Tool type does not know of a JSON Schema (anyOf, nested
-    properties), and reads an image that is the name of a file from the disk.
+    properties), and reads an image that is the name of a file from the disk. Its reader of lines breaks
+    at U+2028 or U+0085 in a text.
     """
 
     def __init__(self, spec: EngineSpec, base_url: str) -> None:
@@ -240,13 +243,28 @@ class _Client(ollama.AsyncClient):
         """Whether it was closed; to use it then is a RuntimeError."""
         return bool(self._client.is_closed)
 
-    async def lines(self, body: JSONObject) -> AsyncGenerator[ollama.ChatResponse, None]:
+    async def lines(self, body: JSONObject, *, engine: str) -> AsyncGenerator[ollama.ChatResponse, None]:
         """The lines of a streamed chat."""
-        found = await self._request(ollama.ChatResponse, "POST", "/api/chat", json=body, stream=True)
-        # It is an async generator, though the client's annotation says less.
-        async with aclosing(cast("AsyncGenerator[ollama.ChatResponse, None]", found)) as responses:
-            async for response in responses:
-                yield response
+        found = Lines(engine=engine)
+        async with self._client.stream("POST", "/api/chat", json=body) as answer:
+            try:
+                answer.raise_for_status()
+            except httpx.HTTPStatusError:
+                await answer.aread()
+                raise ollama.ResponseError(answer.text, answer.status_code) from None
+            async for piece in _ended(answer.aiter_bytes()):
+                for line in filter(None, found.feed(piece)):
+                    fields = msgspec.json.decode(line)
+                    if "error" in fields:
+                        raise ollama.ResponseError(fields["error"])
+                    yield ollama.ChatResponse(**fields)
+
+
+async def _ended(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """`pieces`, and the end of a last line that has none."""
+    async for piece in pieces:
+        yield piece
+    yield b"\n"
 
 
 class _Answer:
