@@ -195,7 +195,7 @@ async def test_a_url_that_is_no_targets_is_refused_with_those_there_are(tmp_path
                 answer = await http.post("/api/v1/productivity/summarize", json=body)
                 problem = answer.json()
                 assert (answer.status_code, problem["pointer"]) == (422, "/callback/url")
-                assert problem["choices"] == [f"{receiver.url}/hooks"]
+                assert problem["choices"] == ["ci"], "a path may be a secret"
             assert (await http.get("/api/v1/tasks")).json()["items"] == []
 
 

@@ -102,7 +102,8 @@ class Targets:
                 "events may not be sent there" if targets else "no callback target is configured",
                 pointer="/callback/url",
                 expected="a URL at or below that of one of callbacks.targets in configuration.json",
-                choices=tuple(target.url for target in targets.values()),
+                # Their names: the path of a URL may be a secret, as Slack's is.
+                choices=tuple(targets),
             )
         if privacy == "local" and not is_loopback_url(url):
             raise InvalidPacketError(
