@@ -232,7 +232,7 @@ async def test_every_engine_is_told_an_image(house: House) -> None:
     for model, double in (("double", house.openai), ("claude", house.claude)):
         body = asking(model=model, messages=[{"role": "user", "content": content}])
         assert words(await house.client.messages.create(**body)) == ANSWER
-        assert "iVBORw0KGgo=" in json.dumps(double.requests[-1].json)
+        assert "iVBORw0KGgo=" in json.dumps(double.asked[-1].json)
 
 
 async def test_an_answer_obeys_the_schema_that_was_asked_for(house: House) -> None:
@@ -359,7 +359,7 @@ async def test_what_claude_code_sends_reaches_the_llm_without_what_changes_each_
     for _ in range(2):
         body, headers = request_of_claude_code(model="double")
         assert (await house.post("/v1/messages?beta=true", json=body, headers=headers)).status_code == 200
-    first, second = (request.json for request in house.openai.requests[-2:])
+    first, second = (request.json for request in house.openai.asked[-2:])
     house.openai.knows_tools = True
     assert first["messages"] == second["messages"]
     assert [turn["role"] for turn in first["messages"]] == ["system", "user", "assistant", "tool", "user"]

@@ -63,6 +63,11 @@ class HTTPDouble:
         """Where it listens."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def asked(self) -> list[Request]:
+        """The requests that wanted an answer of a model, without the probes that may come at any time."""
+        return [request for request in self.requests if request.method == "POST"]
+
     def paths(self) -> list[str]:
         """The paths that were asked for, in order."""
         return [request.path for request in self.requests]
