@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import sys
+import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -104,6 +105,26 @@ async def test_archived_tasks_are_whole_and_are_said_to_be_gone_and_where(tmp_pa
     with pytest.raises(TaskNotFoundError) as unknown:
         await store.read(live.replace(live[-4:], "0000"))
     assert not isinstance(unknown.value, TaskArchivedError)
+    await store.aclose()
+
+
+def stand_still_until_gone(file: Path) -> None:
+    """Nothing else runs on the loop meanwhile."""
+    deadline_s = time.monotonic() + 30
+    while file.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+
+
+async def test_who_reads_a_task_while_it_is_deleted_is_told_where_it_is(tmp_path: Path) -> None:
+    store = await opened(tmp_path)
+    (old,) = await ended(store, 40)
+    Archive(tmp_path / ARCHIVE).add([await store.read(old)])
+    deleting = asyncio.create_task(store.delete(old))
+    await asyncio.sleep(0)
+    stand_still_until_gone(Path(store.location(old)))  # and the store's memory does not know it
+    with pytest.raises(TaskArchivedError, match=r"2026-01\.jsonl\.gz"):
+        await store.read(old)
+    await deleting
     await store.aclose()
 
 

@@ -222,10 +222,8 @@ class NatsTaskStore:
                     return copy
         try:
             return (await self._fetch(task_id)).packet
-        except TaskNotFoundError:
-            if task_id in self._copied:
-                raise
-            return await self._copies.read(task_id)  # which knows what was archived here
+        except TaskNotFoundError:  # the copies know what was archived here
+            raise await self._copies.not_found(task_id) from None
 
     async def append(
         self, task_id: str, events: Sequence[TaskEvent], *, expected_revision: int

@@ -162,7 +162,10 @@ class JsonFileStore:
         if live is not None:
             return live.packet
         await self._indexed(task_id)
-        return await self._in_reader(partial(self._folder.read, task_id))
+        try:
+            return await self._in_reader(partial(self._folder.read, task_id))
+        except TaskNotFoundError:  # deleted since we looked, and memory has not heard of it
+            raise await self.not_found(task_id) from None
 
     async def append(
         self, task_id: str, events: Sequence[TaskEvent], *, expected_revision: int
@@ -204,6 +207,11 @@ class JsonFileStore:
             lambda _late: self._folder.remove(task_id),
             lambda _written: self._index.remove(task_id),
         )
+
+    async def not_found(self, task_id: str) -> TaskNotFoundError:
+        """What to raise for a task that is not here: it says where an archived one is."""
+        place = await self._in_reader(partial(self._archive.place, task_id))
+        return TaskArchivedError(task_id, place) if place else TaskNotFoundError(task_id)
 
     def location(self, task_id: str) -> str:
         """The task's file, "" for what is no task id."""
@@ -260,10 +268,7 @@ class JsonFileStore:
         try:
             self._index.get(task_id)
         except TaskNotFoundError:
-            place = await self._in_reader(partial(self._archive.place, task_id))
-            if place:
-                raise TaskArchivedError(task_id, place) from None
-            raise
+            raise await self.not_found(task_id) from None
 
     async def _idle(self, task_id: str) -> None:
         while (job := self._under_way.get(task_id)) is not None:
