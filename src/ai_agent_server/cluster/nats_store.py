@@ -222,8 +222,8 @@ class NatsTaskStore:
                     return copy
         try:
             return (await self._fetch(task_id)).packet
-        except TaskNotFoundError:  # the copies know what was archived here
-            raise await self._copies.not_found(task_id) from None
+        except TaskNotFoundError:
+            raise await self.not_found(task_id) from None
 
     async def append(
         self, task_id: str, events: Sequence[TaskEvent], *, expected_revision: int
@@ -261,6 +261,10 @@ class NatsTaskStore:
         self._drop(task_id)
         if ended.idempotency_key is not None:
             await self._put(_key_subject(ended.idempotency_key), b"", None)
+
+    async def not_found(self, task_id: str) -> TaskNotFoundError:
+        """What to raise for a task that is not here: the copies know what was archived on this machine."""
+        return await self._copies.not_found(task_id)
 
     def location(self, task_id: str) -> str:
         """The copy's file, "" for a task that this server has none of."""

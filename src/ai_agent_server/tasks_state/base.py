@@ -6,6 +6,7 @@ from typing import Annotated, Protocol
 import msgspec
 
 from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, TaskSummary
+from ai_agent_server.errors import TaskNotFoundError
 
 
 class TaskFilter(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,7 +75,7 @@ class TaskStore(Protocol):
         ...
 
     async def read(self, task_id: str) -> TaskPacket:
-        """The task as it is. Raises `TaskNotFoundError`, as `TaskArchivedError` where it says where it is."""
+        """The task as it is. Raises `TaskNotFoundError` by `not_found`."""
         ...
 
     async def append(
@@ -97,6 +98,10 @@ class TaskStore(Protocol):
 
     async def delete(self, task_id: str) -> None:
         """Remove an ended task. Raises `TaskLiveError` when it is live."""
+        ...
+
+    async def not_found(self, task_id: str) -> TaskNotFoundError:
+        """What is raised for a task that is not here: a `TaskArchivedError` where the archive has it."""
         ...
 
     def location(self, task_id: str) -> str:

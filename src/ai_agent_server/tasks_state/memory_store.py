@@ -56,6 +56,10 @@ class MemoryStore:
         self._index.remove(task_id)
         del self._packets[task_id]
 
+    async def not_found(self, task_id: str) -> TaskNotFoundError:
+        """Nothing is archived."""
+        return TaskNotFoundError(task_id)
+
     def location(self, task_id: str) -> str:  # noqa: ARG002  (the port's name)
         """Nowhere."""
         return ""
