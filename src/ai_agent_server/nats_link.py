@@ -34,7 +34,7 @@ async def translated(doing: str) -> AsyncIterator[None]:
     try:
         yield
     except (Error, OSError, TimeoutError) as exc:
-        raise ChannelError(f"{doing}: {_told(exc)}") from exc
+        raise ChannelError(f"{doing}: {told(exc)}") from exc
 
 
 async def apart(work: Coroutine[Any, Any, T], lost: "asyncio.Future[None]", timeout_s: float | None) -> T:
@@ -58,7 +58,8 @@ async def apart(work: Coroutine[Any, Any, T], lost: "asyncio.Future[None]", time
             await asyncio.wait((task,))
 
 
-def _told(exc: BaseException) -> str:
+def told(exc: BaseException) -> str:
+    """What went wrong: its kind, where it has no words."""
     return str(exc) or type(exc).__name__
 
 
@@ -211,7 +212,7 @@ class Link:
                 lost.set_result(None)
 
         async def on_error(exc: Exception) -> None:
-            log.debug("channel.nats_error", problem=_told(exc))
+            log.debug("channel.nats_error", problem=told(exc))
 
         connecting = client.connect(
             self._servers,
@@ -237,7 +238,7 @@ class Link:
             self.version = f"{version.major}.{version.minor}.{version.patch}"
             session = opened
         except (Error, OSError, TimeoutError) as exc:
-            problem = _told(exc)
+            problem = told(exc)
         finally:
             if session is None:
                 await _close(client)

@@ -289,11 +289,7 @@ def submit(
             )
 
     sent = asyncio.run(talk())
-    if as_json:
-        print_json(sent.packet)
-    else:
-        sys.stdout.write(sent.packet.task_id + "\n")
-    return Exit.OK
+    return _print_id(sent.packet, as_json=as_json)
 
 
 def watch(task_id: str, /, *, since: int = 0, server: ServerURL = None, as_json: AsJSON = False) -> int:
@@ -474,11 +470,7 @@ def fork(
         limits=LimitsDraft(calls=calls) if calls is not None else None,
     )
     made = _on_task(server, lambda client: client.fork(task_id, draft, idempotency_key=str(uuid.uuid4())))
-    if as_json:
-        print_json(made.packet)
-    else:
-        sys.stdout.write(made.packet.task_id + "\n")
-    return Exit.OK
+    return _print_id(made.packet, as_json=as_json)
 
 
 @tasks.command
@@ -492,11 +484,7 @@ def requeue(task_id: str, /, *, server: ServerURL = None, as_json: AsJSON = Fals
         raise InvalidPacketError(f"task {task_id} has not failed ({failed.status})", expected="a failed task")
     draft = ForkDraft(step=last_good_step(failed))
     made = _on_task(server, lambda client: client.fork(task_id, draft, idempotency_key=f"requeue:{task_id}"))
-    if as_json:
-        print_json(made.packet)
-    else:
-        sys.stdout.write(made.packet.task_id + "\n")
-    return Exit.OK
+    return _print_id(made.packet, as_json=as_json)
 
 
 @tasks.command
@@ -579,6 +567,14 @@ def feedback(
         code=_read(code) if code is not None else None,
     )
     return _changed(_on_task(server, lambda client: client.feedback(task_id, draft)), as_json)
+
+
+def _print_id(packet: TaskPacket, *, as_json: bool) -> int:
+    if as_json:
+        print_json(packet)
+    else:
+        sys.stdout.write(packet.task_id + "\n")
+    return Exit.OK
 
 
 def _on_task(server: str | None, ask: Callable[[Client], Awaitable[T]]) -> T:

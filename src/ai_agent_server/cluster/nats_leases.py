@@ -15,7 +15,7 @@ from nats.errors import Error
 from ai_agent_server.cluster.base import Peers
 from ai_agent_server.durable import write_whole
 from ai_agent_server.errors import ChannelError
-from ai_agent_server.nats_link import REQUEST_TIMEOUT_S, Link, Session
+from ai_agent_server.nats_link import REQUEST_TIMEOUT_S, Link, Session, told
 
 __all__ = ("NatsLeases",)
 
@@ -99,7 +99,7 @@ class NatsLeases:
             try:
                 await self._listen(session)
             except (Error, OSError, TimeoutError, ChannelError) as exc:
-                log.info("cluster.not_listening", problem=str(exc) or type(exc).__name__)
+                log.info("cluster.not_listening", problem=told(exc))
             finally:
                 self._listening_since = None
             await asyncio.sleep(self._lease_s / BEATS_PER_LEASE)

@@ -37,7 +37,7 @@ from ai_agent_server.errors import (
     TaskLiveError,
     TaskNotFoundError,
 )
-from ai_agent_server.nats_link import OPEN_TIMEOUT_S, REQUEST_TIMEOUT_S, Link, Session
+from ai_agent_server.nats_link import OPEN_TIMEOUT_S, REQUEST_TIMEOUT_S, Link, Session, told
 from ai_agent_server.tasks_state._index import TaskIndex, first_state, next_state
 from ai_agent_server.tasks_state.base import (
     ForeignListener,
@@ -200,7 +200,7 @@ class NatsTaskStore:
         """`first`, written; or the task that has its id already."""
         while True:
             # The message of a task that was deleted is empty, and may be written over.
-            deleted = 0 if self._is_known(first.task_id) else self._sequences.get(first.task_id, 0)
+            deleted = 0 if first.task_id in self._index else self._sequences.get(first.task_id, 0)
             try:
                 await self._write(first, deleted)
             except TaskConflictError:
@@ -343,7 +343,7 @@ class NatsTaskStore:
                             raise StoreFullError(f"NATS has no space: {exc.description}") from exc
                         problem = str(exc.description)
                     except (Error, OSError, TimeoutError, ChannelError) as exc:
-                        problem = str(exc) or type(exc).__name__
+                        problem = told(exc)
                     await asyncio.sleep(RETRY_PAUSE_S)
         raise StoreError(
             f"NATS did not take a change of {subject} within {WRITE_S:g} s: {problem or 'no answer'}"
@@ -375,7 +375,7 @@ class NatsTaskStore:
         except NotFoundError:
             return None
         except (Error, OSError, TimeoutError, ChannelError) as exc:
-            raise StoreError(f"NATS did not answer: {str(exc) or type(exc).__name__}") from exc
+            raise StoreError(f"NATS did not answer: {told(exc)}") from exc
         return message.seq or 0, message.data or b""
 
     async def _newest(self, task_id: str) -> _Held | None:
@@ -404,7 +404,7 @@ class NatsTaskStore:
                 await self._follow(session)
             except (Error, OSError, TimeoutError, ChannelError) as exc:
                 if not session.is_lost:
-                    log.info("store.watch_rebuilt", problem=str(exc) or type(exc).__name__)
+                    log.info("store.watch_rebuilt", problem=told(exc))
             await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _follow(self, session: Session) -> None:
@@ -474,18 +474,12 @@ class NatsTaskStore:
             log.warning("store.unreadable", task_id=task_id, problem=str(exc))
             self._sequences[task_id] = sequence
             return
-        since = self._index.get(task_id).revision if self._is_known(task_id) else 0
+        since = self._index.get(task_id).revision if task_id in self._index else 0
         self._publish(packet, sequence)
         if task_id in self._copied:
             self._note_behind(task_id)
         for listener in self._listeners:
             listener(packet, since)
-
-    def _is_known(self, task_id: str) -> bool:
-        with suppress(TaskNotFoundError):
-            self._index.get(task_id)
-            return True
-        return False
 
     def _publish(self, packet: TaskPacket, sequence: int) -> None:
         self._sequences[packet.task_id] = sequence
@@ -497,7 +491,7 @@ class NatsTaskStore:
 
     def _drop(self, task_id: str) -> None:
         self._live.pop(task_id, None)
-        if self._is_known(task_id):
+        if task_id in self._index:
             self._index.remove(task_id)
         if task_id in self._copied:
             self._note_behind(task_id)
@@ -516,7 +510,7 @@ class NatsTaskStore:
             page = await self._copies.list(TaskFilter(), limit=PAGE, cursor=cursor)
             for task in page.items:
                 self._copied.add(task.task_id)
-                if self._is_known(task.task_id):
+                if task.task_id in self._index:
                     if self._index.get(task.task_id).revision > task.revision:
                         self._behind.add(task.task_id)
                 elif task.task_id in self._sequences:
@@ -573,7 +567,7 @@ class NatsTaskStore:
 
     async def _catch_up(self, task_id: str) -> bool:
         try:
-            if self._is_known(task_id):
+            if task_id in self._index:
                 held = self._live.get(task_id) or await self._fetch(task_id)
                 return await self._copy(held.packet)
             await self._copies.delete(task_id)

@@ -164,6 +164,7 @@ _PRIVACY = Header(
     {"type": "string", "enum": ["any", "local"]},
     example="local",
 )
+_CANCEL = "Stops what runs for it: the LLM's socket is closed and the sandbox's processes are killed."
 _PAUSE = (
     "A step that is under way ends and is kept; no other begins until the task is resumed, also over a "
     "restart. The status stays what it was, and `paused_at` says since when. Time in which it is paused "
@@ -283,30 +284,6 @@ def operations() -> tuple[Operation, ...]:
             answers=(Answer(status=204, about="It is gone."),),
             problems=(*_TASK, errors.TaskLiveError, *_STORE_WRITE),
         ),
-        Operation(
-            method="post",
-            path="/api/v1/tasks/{task_id}/cancel",
-            id="cancelTask",
-            tag="tasks",
-            summary="Cancel a task",
-            about="Stops what runs for it: the LLM's socket is closed and the sandbox's processes are "
-            "killed.",
-            answers=(
-                Answer(
-                    status=200,
-                    about="The canceled packet.",
-                    kind=TaskPacket,
-                    example=done,
-                    headers=(_TASK_FILE, *_ROUTING),
-                ),
-            ),
-            problems=(
-                *_TASK,
-                errors.InvalidTransitionError,
-                errors.TaskConflictError,
-                *_STORE_WRITE,
-            ),
-        ),
         *(
             Operation(
                 method="post",
@@ -320,7 +297,7 @@ def operations() -> tuple[Operation, ...]:
                         status=200,
                         about="The packet as it is now.",
                         kind=TaskPacket,
-                        example=submitted,
+                        example=example,
                         headers=(_TASK_FILE, *_ROUTING),
                     ),
                 ),
@@ -331,9 +308,10 @@ def operations() -> tuple[Operation, ...]:
                     *_STORE_WRITE,
                 ),
             )
-            for verb, title, about in (
-                ("pause", "Pause a task", _PAUSE),
-                ("resume", "Let a paused task go on", "Not paused: nothing changes."),
+            for verb, title, about, example in (
+                ("cancel", "Cancel a task", _CANCEL, done),
+                ("pause", "Pause a task", _PAUSE, submitted),
+                ("resume", "Let a paused task go on", "Not paused: nothing changes.", submitted),
             )
         ),
         Operation(

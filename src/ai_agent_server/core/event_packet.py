@@ -36,7 +36,7 @@ def cut(whole: EventPacket, event: AnyTaskEvent) -> EventPacket:
 
 def is_copy(packet: TaskPacket, event: AnyTaskEvent) -> bool:
     """Whether a fork took `event` over: it happened to another task, and was told when it did."""
-    return packet.forked_from is not None and 1 < event.seq <= packet.forked_from.seq
+    return 1 < event.seq <= packet.copied_seq
 
 
 def statuses(packet: TaskPacket, *, since: int) -> Iterator[tuple[AnyTaskEvent, TaskStatus]]:

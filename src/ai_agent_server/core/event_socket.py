@@ -26,6 +26,7 @@ from ai_agent_server.core.api_schemas import (
     problem,
     refusal,
 )
+from ai_agent_server.core.event_stream import write_unless_left
 from ai_agent_server.core.packet_json import decode_query
 from ai_agent_server.core.ports import Orchestration
 from ai_agent_server.core.task_frames import CUT, Frame, frames
@@ -111,17 +112,12 @@ class EventSockets:
     async def _serve(self, scope: Any, told: AsyncGenerator[Frame], receive: Receive, send: Send) -> None:
         subprotocol = PROTOCOL if PROTOCOL in scope.get("subprotocols", ()) else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": []})
-        writing = asyncio.ensure_future(self._write(told, send))
-        leaving = asyncio.ensure_future(_left(receive))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            problem = await write_unless_left(self._write(told, send), _left(receive))
         finally:
-            for task in (writing, leaving):
-                task.cancel()
-            results = await asyncio.gather(writing, leaving, return_exceptions=True)
             await told.aclose()
-        if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
-            log.error("events.failed", path=scope["path"], exc_info=results[0])
+        if problem is not None and not isinstance(problem, OSError):
+            log.error("events.failed", path=scope["path"], exc_info=problem)
 
     async def _write(self, told: AsyncGenerator[Frame], send: Send) -> None:
         code = ENDED

@@ -1,10 +1,10 @@
 """Clients that leave, or read slowly: server-sent events, and work that ends when nobody waits for it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import structlog
 from litestar.response.base import ASGIResponse
@@ -12,7 +12,7 @@ from litestar.types import Receive, Scope, Send
 
 log = structlog.get_logger(__name__)
 
-__all__ = ("ClientLeftError", "EventStream", "WhileConnected", "disconnected")
+__all__ = ("ClientLeftError", "EventStream", "WhileConnected", "disconnected", "write_unless_left")
 
 
 class EventStream(ASGIResponse):
@@ -53,17 +53,10 @@ class EventStream(ASGIResponse):
 
     async def send_body(self, send: Send, receive: Receive) -> None:
         """Write until one of the two sides is done; a client that leaves cancels nothing but this."""
-        writing = asyncio.ensure_future(self._write(send))
-        leaving = asyncio.ensure_future(disconnected(receive))
-        try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (writing, leaving):
-                task.cancel()
-            results = await asyncio.gather(writing, leaving, return_exceptions=True)
-        if isinstance(results[0], Exception):
+        problem = await write_unless_left(self._write(send), disconnected(receive))
+        if problem is not None:
             # The status line is long gone: the end without a final event is all that can be said.
-            log.error("events.failed", **self._about, exc_info=results[0])
+            log.error("events.failed", **self._about, exc_info=problem)
 
     async def _write(self, send: Send) -> None:
         try:
@@ -111,6 +104,20 @@ class WhileConnected:
         if not watch.cancelled() and watch.exception() is None and not self._is_over:
             self._has_left = True
             self._task.cancel()
+
+
+async def write_unless_left(
+    write: Coroutine[Any, Any, None], left: Coroutine[Any, Any, None]
+) -> Exception | None:
+    """Run both until one of them ends, and end the other; answers what the writing failed with."""
+    writing, leaving = asyncio.ensure_future(write), asyncio.ensure_future(left)
+    try:
+        await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (writing, leaving):
+            task.cancel()
+        problem, _ = await asyncio.gather(writing, leaving, return_exceptions=True)
+    return problem if isinstance(problem, Exception) else None
 
 
 async def disconnected(receive: Receive) -> None:

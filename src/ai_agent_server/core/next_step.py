@@ -275,9 +275,8 @@ class _Decision:
         self.started = [e for e in packet.history if isinstance(e, StepStarted)]
         self.finished = [e for e in packet.history if isinstance(e, StepFinished)]
         # What a fork took over is known to it, but uses up nothing of what it may do itself.
-        copied = packet.forked_from.seq if packet.forked_from is not None else 0
-        self.own_history = packet.history[copied:]
-        self.own_finished = [e for e in self.finished if e.seq > copied]
+        self.own_history = packet.history[packet.copied_seq :]
+        self.own_finished = [e for e in self.finished if e.seq > packet.copied_seq]
         self.versions = _versions(packet, workflow)
 
     def take(self) -> Action:

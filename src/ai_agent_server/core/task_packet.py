@@ -411,6 +411,11 @@ class TaskPacket(msgspec.Struct, frozen=True, kw_only=True):
     revision: int = 0
     """The `seq` of the last event."""
 
+    @property
+    def copied_seq(self) -> int:
+        """The `seq` of the last event that a fork took over from another task; 0: it is no fork."""
+        return self.forked_from.seq if self.forked_from is not None else 0
+
 
 class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     """A packet without its payload and history, as lists show it."""

@@ -58,10 +58,9 @@ def _apply(packet: TaskPacket, event: TaskEvent) -> TaskPacket:
         raise InvalidTransitionError(
             packet.task_id, f"event {event.seq} cannot follow event {packet.revision}"
         )
-    if packet.forked_from is not None and seq <= packet.forked_from.seq:
-        copied: AnyTaskEvent = msgspec.structs.replace(event, seq=seq)  # type: ignore[assignment]
-        return msgspec.structs.replace(packet, history=(*packet.history, copied), revision=seq)
     placed: AnyTaskEvent = msgspec.structs.replace(event, seq=seq)  # type: ignore[assignment]
+    if seq <= packet.copied_seq:
+        return msgspec.structs.replace(packet, history=(*packet.history, placed), revision=seq)
     changed = _changes(packet, placed)
     return msgspec.structs.replace(
         packet,

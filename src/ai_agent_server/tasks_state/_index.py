@@ -83,6 +83,9 @@ class TaskIndex:
         if summary.idempotency_key is not None and self._by_key.get(summary.idempotency_key) == task_id:
             del self._by_key[summary.idempotency_key]
 
+    def __contains__(self, task_id: str) -> bool:
+        return task_id in self._summaries
+
     def get(self, task_id: str) -> TaskSummary:
         """The task's summary. Raises `TaskNotFoundError`, also for what is no task id at all."""
         summary = self._summaries.get(task_id)

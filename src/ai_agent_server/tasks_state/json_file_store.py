@@ -265,10 +265,8 @@ class JsonFileStore:
 
     async def _indexed(self, task_id: str) -> None:
         """Raises `TaskNotFoundError`, which says where an archived task is."""
-        try:
-            self._index.get(task_id)
-        except TaskNotFoundError:
-            raise await self.not_found(task_id) from None
+        if task_id not in self._index:
+            raise await self.not_found(task_id)
 
     async def _idle(self, task_id: str) -> None:
         while (job := self._under_way.get(task_id)) is not None:
