@@ -54,6 +54,19 @@ def children(of: int | None = None) -> list[psutil.Process]:
     return found
 
 
+class Slot(msgspec.Struct, frozen=True):
+    """What llama.cpp says of a slot; its tokens are those that are in its memory."""
+
+    is_processing: bool
+    n_prompt_tokens: int = 0
+
+
+async def slots(engine: LlamaCppEngine) -> list[Slot]:
+    """There is no other door to look through."""
+    child = engine._child
+    return await child.http.get("/slots", list[Slot]) if child is not None else []
+
+
 async def until_gone(process: psutil.Process) -> None:
     async with asyncio.timeout(20):
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -101,6 +114,33 @@ async def test_one_impatient_client_does_not_undo_the_load(engine: LlamaCppEngin
     assert (await patient).text
     with pytest.raises(asyncio.CancelledError):
         await impatient
+
+
+async def test_who_leaves_while_the_prompt_is_read_is_noticed_though_another_answer_is_written() -> None:
+    spec = EngineSpec(name="it", model=MODEL, context_tokens=2048, slots=2)
+    engine = LlamaCppEngine(spec, LlamaCppEngine.Options())
+    writing = asyncio.create_task(chat(engine, ask("Count to one thousand.", max_tokens=1500)))
+    leaver = None
+    try:
+        async with asyncio.timeout(60):
+            while not any(slot.is_processing for slot in await slots(engine)):
+                await asyncio.sleep(0.01)
+            leaver = asyncio.create_task(chat(engine, ask("The fox walks on and on. " * 200)))
+            while sum(slot.is_processing for slot in await slots(engine)) < 2:
+                await asyncio.sleep(0.01)
+            leaver.cancel()
+            while sum(slot.is_processing for slot in await slots(engine)) > 1:
+                await asyncio.sleep(0.01)
+        assert not writing.done()
+        read = [slot.n_prompt_tokens for slot in await slots(engine) if not slot.is_processing]
+        assert len(read) == 1
+        assert read[0] < 1000, "the prompt of about 1,400 tokens was read to its end"
+    finally:
+        for task in (writing, leaver):
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*filter(None, (writing, leaver)), return_exceptions=True)
+        await engine.aclose()
 
 
 async def test_a_crash_is_an_engine_error_and_the_next_request_starts_anew(engine: LlamaCppEngine) -> None:

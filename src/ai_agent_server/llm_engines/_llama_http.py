@@ -37,10 +37,13 @@ class LlamaHTTP(ServerHTTP):
     ) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`; `extra` goes into the body as it is.
 
+        llama.cpp looks whether its client is still there when it has something to say, and else once a
+        second of silence; asked for progress, it has after every batch of the prompt.
+
         A model whose chat template knows no tools (llama.cpp would leave them out in silence)
         is held to a call by a grammar; its answer then comes in one piece.
         """
-        plain = super().stream
+        plain, extra = super().stream, {**extra, "return_progress": True}
         if request.tools and request.tool_choice != "none" and not await self._has_tools(model):
             deltas = tools_by_schema.stream(
                 request, lambda asked: plain(asked, model, extra), engine=self._engine

@@ -11,6 +11,12 @@ import sys
 
 import msgspec
 
+BATCH_TOKENS = 64
+"""What a processor reads of a prompt between two looks at who still waits for the answer. One core reads
+SmolLM2-135M so in 0.4 s; with 512 it was 3 s, and the reading as a whole no faster."""
+GPU_BATCH_TOKENS = 512
+"""A GPU reads these in less, and fewer at a time would leave it idle."""
+
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What to load."""
@@ -57,8 +63,9 @@ def main() -> None:
         params.n_gpu_layers = order.gpu_layers
         params.cpuparams.n_threads = order.threads
         params.cpuparams_batch.n_threads = order.threads
-        # A cancel is seen between two batches: small ones free the slot of a long prompt soon.
-        params.n_batch = 512
+        kinds = [device["type"].name for device in xllamacpp.get_device_info()]
+        on_gpu = may_use_gpu(order.gpu_layers, kinds)
+        params.n_batch = GPU_BATCH_TOKENS if on_gpu else max(BATCH_TOKENS, order.slots)
         if order.pooling:
             params.embedding = True
             # A text goes through whole or not at all.
@@ -74,8 +81,7 @@ def main() -> None:
         params.api_keys = [order.api_key]
         try:
             server = xllamacpp.Server(params)
-            kinds = [device["type"].name for device in xllamacpp.get_device_info()]
-            ready = Ready(address=server.listening_address, on_gpu=may_use_gpu(order.gpu_layers, kinds))
+            ready = Ready(address=server.listening_address, on_gpu=on_gpu)
         except RuntimeError as exc:
             ready = Ready(problem=str(exc))
         answers.write(msgspec.json.encode(ready) + b"\n")
