@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import TypeAlias
 
 import msgspec
@@ -111,6 +112,9 @@ class Decline(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorDetail
 
 
+_IDLING = frozenset({InputRequired, Paused, Recovered})
+"""The events that begin a time in which nobody works on the task, or end one."""
+
 Action: TypeAlias = RunStep | AskOutside | StillWaiting | Hold | EndWell | EndBadly | Decline
 Report: TypeAlias = StepFinished | FeedbackReceived
 
@@ -139,6 +143,8 @@ def deadline(packet: TaskPacket) -> datetime | None:
 
 def _idle(packet: TaskPacket) -> timedelta:
     """For how long nobody was to work on the task, up to when it last went on."""
+    if not any(type(event) in _IDLING for event in packet.history):
+        return timedelta(0)
     began = (place for place, event in enumerate(packet.history) if isinstance(event, Started | Recovered))
     events = packet.history[next(began, len(packet.history)) :]
     idle, since = timedelta(0), None
@@ -272,12 +278,20 @@ class _Decision:
         self, packet: TaskPacket, workflow: Workflow, external: frozenset[str], now: datetime
     ) -> None:
         self.packet, self.workflow, self.external, self.now = packet, workflow, external, now
-        self.started = [e for e in packet.history if isinstance(e, StepStarted)]
-        self.finished = [e for e in packet.history if isinstance(e, StepFinished)]
+        self.started = [e for e in packet.history if type(e) is StepStarted]
+        self.finished = [e for e in packet.history if type(e) is StepFinished]
         # What a fork took over is known to it, but uses up nothing of what it may do itself.
-        self.own_history = packet.history[packet.copied_seq :]
         self.own_finished = [e for e in self.finished if e.seq > packet.copied_seq]
-        self.versions = _versions(packet, workflow)
+
+    @cached_property
+    def versions(self) -> dict[int, Draft]:
+        return _versions(self.packet, self.workflow)
+
+    @cached_property
+    def own_runs(self) -> list[StepStarted | InputRequired]:
+        """When a role was run or asked, without what a fork took over."""
+        own = self.packet.history[self.packet.copied_seq :]
+        return [e for e in own if isinstance(e, (StepStarted, InputRequired))]
 
     def take(self) -> Action:
         if self.packet.paused_at is not None:
@@ -366,9 +380,7 @@ class _Decision:
 
     def _runs(self, edge: Edge) -> int:
         runs = 0
-        for event in reversed(self.own_history):
-            if not isinstance(event, StepStarted | InputRequired):
-                continue
+        for event in reversed(self.own_runs):
             if event.role in edge.since:
                 break
             runs += event.role == edge.to
@@ -399,13 +411,14 @@ class _Decision:
             return self._end("loop_detected", f"{IDLE_STEPS} steps in a row asked no LLM anything")
         if edge.feedback and self.packet.usage.feedback_hops >= self.packet.limits.feedback_hops:
             return self._end("max_debug", f"{self.packet.limits.feedback_hops} feedback hops are used up")
-        same = Counter(
-            (e.role, e.call.prompt_sha256, self._made(e))
-            for e in finished
-            if e.call is not None and self._made(e)
-        )
-        if same and (top := same.most_common(1)[0])[1] >= workflow.max_same_step:
-            return self._end("loop_detected", f"{top[0][0]} gave the same answer {top[1]} times")
+        if len(finished) >= workflow.max_same_step:
+            same = Counter(
+                (e.role, e.call.prompt_sha256, self._made(e))
+                for e in finished
+                if e.call is not None and self._made(e)
+            )
+            if same and (top := same.most_common(1)[0])[1] >= workflow.max_same_step:
+                return self._end("loop_detected", f"{top[0][0]} gave the same answer {top[1]} times")
         scores = [
             (e.report.anchors_passed, e.report.tests_passed)
             for e in finished
@@ -437,7 +450,7 @@ class _Decision:
         return RunStep(step=len(self.started) + 1, role=role, attempt=attempt, hop=hop)
 
     def _ask(self, role: str, hop: Hop) -> AskOutside | EndBadly:
-        if sum(isinstance(event, InputRequired) for event in self.own_history) >= OUTSIDE_ROUNDS:
+        if sum(isinstance(event, InputRequired) for event in self.own_runs) >= OUTSIDE_ROUNDS:
             return self._end("loop_detected", f"somebody outside was waited for {OUTSIDE_ROUNDS} times")
         expires_at = self.now + timedelta(seconds=self.workflow.input_expires_s)
         return AskOutside(role=role, question=hop.why, expires_at=expires_at, hop=hop)
