@@ -1,11 +1,12 @@
-"""Streams of events whose client is gone before the first line."""
+"""Clients that are gone: before the first line of their stream, or in the middle of work for them."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
-from ai_agent_server.core.event_stream import EventStream
+from ai_agent_server.core.event_stream import ClientLeftError, EventStream, WhileConnected
 
 
 async def test_a_stream_that_cannot_even_begin_closes_what_it_would_have_told() -> None:
@@ -28,3 +29,20 @@ async def test_a_stream_that_cannot_even_begin_closes_what_it_would_have_told() 
     with pytest.raises(ConnectionResetError):
         await stream(scope, receive, send)
     assert closed == [True]
+
+
+async def test_a_client_that_left_before_it_was_watched_ends_the_work_all_the_same() -> None:
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(ClientLeftError):
+        async with asyncio.timeout(30), WhileConnected(receive):
+            await asyncio.Event().wait()
+
+
+async def test_work_that_ends_at_once_never_asks_after_its_client() -> None:
+    async def receive() -> Any:
+        raise AssertionError
+
+    async with WhileConnected(receive):
+        await asyncio.sleep(0)
