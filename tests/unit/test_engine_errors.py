@@ -21,7 +21,7 @@ from ai_agent_server.errors import (
     EngineTimeoutError,
     EngineUnreachableError,
 )
-from ai_agent_server.llm_engines import _event_source as event_source
+from ai_agent_server.llm_engines import _aiohttp_posts
 from ai_agent_server.llm_engines import _server_http as server_http
 from ai_agent_server.llm_engines.api.anthropic_engine import AnthropicEngine
 from ai_agent_server.llm_engines.api.openai_engine import OpenAIEngine
@@ -300,7 +300,7 @@ AIOHTTP: dict[str, type[EngineError]] = {
 @pytest.mark.parametrize("connecting", [False, True])
 def test_every_error_of_aiohttp_becomes_ours(error: type[Any], connecting: bool) -> None:
     cause = aiohttp_made(error)
-    ours = event_source.translate(cause, engine="it", timeouts=EngineTimeouts(), connecting=connecting)
+    ours = _aiohttp_posts.translate(cause, engine="it", timeouts=EngineTimeouts(), connecting=connecting)
     if issubclass(error, aiohttp.ClientConnectorError):
         wanted: type[EngineError] = EngineUnreachableError
     else:

@@ -18,7 +18,8 @@ class Pace:
     def __init__(self, timeouts: EngineTimeouts, engine: str) -> None:
         self._timeouts, self._engine = timeouts, engine
         self._phase: TimeoutPhase = "first_token"
-        self._left_s = timeouts.first_token_s
+        self.left_s = timeouts.first_token_s
+        """How long the next wait may last."""
 
     @asynccontextmanager
     async def waiting(self) -> AsyncIterator[None]:
@@ -26,15 +27,23 @@ class Pace:
         now_s = asyncio.get_running_loop().time
         began_s = now_s()
         try:
-            async with asyncio.timeout(self._left_s) as limit:
+            async with asyncio.timeout(self.left_s) as limit:
                 yield
         except TimeoutError as exc:
             if not limit.expired():
                 raise
-            allowed_s = self._timeouts.idle_s if self._phase == "idle" else self._timeouts.first_token_s
-            raise EngineTimeoutError(self._phase, allowed_s, engine=self._engine) from exc
-        self._left_s -= now_s() - began_s
+            raise self.expired() from exc
+        self.waited(now_s() - began_s)
+
+    def waited(self, seconds: float) -> None:
+        """A wait is over, in time."""
+        self.left_s -= seconds
+
+    def expired(self) -> EngineTimeoutError:
+        """What a wait that lasts longer than `left_s` ends with."""
+        allowed_s = self._timeouts.idle_s if self._phase == "idle" else self._timeouts.first_token_s
+        return EngineTimeoutError(self._phase, allowed_s, engine=self._engine)
 
     def progress(self) -> None:
         """The model wrote something."""
-        self._phase, self._left_s = "idle", self._timeouts.idle_s
+        self._phase, self.left_s = "idle", self._timeouts.idle_s
