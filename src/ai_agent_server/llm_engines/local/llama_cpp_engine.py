@@ -5,8 +5,8 @@ import os
 import secrets
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,8 @@ from ai_agent_server.errors import (
 from ai_agent_server.llm_engines._llama_http import LlamaHTTP
 from ai_agent_server.llm_engines.base import EngineSpec, ModelCard
 from ai_agent_server.llm_engines.local import _gguf
-from ai_agent_server.llm_engines.local._llama_child import Order, Ready
+from ai_agent_server.llm_engines.local._llama_child import Order, Ready, batch_tokens
+from ai_agent_server.llm_engines.local._weighed import Load, Weighed, a_gpu_is_here, weighed
 
 __all__ = ("LlamaCppEngine",)
 
@@ -63,6 +64,9 @@ class LlamaCppEngine:
         self._child: _Child | None = None
         self._loading: asyncio.Task[_Child] | None = None
         self._closed = False
+        self._weighed: Weighed | None = None
+        self._on_gpu: bool | None = None
+        """Whether a GPU held some of it when it was last loaded."""
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`; loads the model first where it is not in memory."""
@@ -85,7 +89,7 @@ class LlamaCppEngine:
 
     async def models(self) -> tuple[ModelCard, ...]:
         """The configured model. Raises `ModelNotFoundError` when its file is nowhere."""
-        path = await self._path()
+        found = await self._weigh()
         child = self._child if self._child is not None and self._child.alive else None
         return (
             ModelCard(
@@ -93,7 +97,8 @@ class LlamaCppEngine:
                 residency="loaded" if child else "loading" if self._loading else "unloaded",
                 memory_bytes=await asyncio.to_thread(child.memory_bytes) if child else None,
                 context_tokens=self._spec.context_tokens,
-                size_bytes=(await asyncio.to_thread(path.stat)).st_size,
+                size_bytes=found.size_bytes,
+                needed_bytes=found.needed_bytes,
             ),
         )
 
@@ -146,6 +151,7 @@ class LlamaCppEngine:
         self._loading = None
         if not loading.cancelled() and loading.exception() is None:
             self._child = loading.result()
+            self._on_gpu = self._child.on_gpu
 
     async def _load(self) -> "_Child":
         if self._child is not None:
@@ -171,14 +177,40 @@ class LlamaCppEngine:
         return child
 
     async def _path(self) -> Path:
-        try:
+        with self._looked_for():
             return await asyncio.to_thread(
                 _gguf.resolve, self._spec.model, self._options.packages, engine=self._spec.name
             )
+
+    @contextmanager
+    def _looked_for(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as exc:
             raise EngineRequestError(
                 f"the model's file cannot be looked for: {exc.strerror}", engine=self._spec.name
             ) from exc
+
+    @property
+    def _pooling(self) -> str:
+        return "" if self._options.embeddings == "off" else self._options.embeddings
+
+    async def _weigh(self) -> Weighed:
+        path, on_gpu = await self._path(), self._on_gpu
+        if on_gpu is None:
+            on_gpu = self._options.gpu_layers != 0 and await asyncio.to_thread(a_gpu_is_here)
+        load = Load(
+            llm=self._spec.name,
+            context_tokens=self._spec.context_tokens,
+            slots=self._spec.slots,
+            batch_tokens=batch_tokens(
+                self._pooling, self._spec.context_tokens, self._spec.slots, on_gpu=on_gpu
+            ),
+            on_gpu=on_gpu,
+        )
+        with self._looked_for():
+            self._weighed = await asyncio.to_thread(weighed, path, load, self._weighed)
+        return self._weighed
 
     def _order(self, path: Path, api_key: str) -> Order:
         return Order(
@@ -190,7 +222,7 @@ class LlamaCppEngine:
             gpu_layers=self._options.gpu_layers,
             prompt_cache_mb=self._options.prompt_cache_mb,
             api_key=api_key,
-            pooling="" if self._options.embeddings == "off" else self._options.embeddings,
+            pooling=self._pooling,
         )
 
 
@@ -211,7 +243,7 @@ class _Child:
         self._tail = b""
         self._reading = asyncio.create_task(self._read_log(), name=f"log of {spec.name}")
         self.api_key = secrets.token_urlsafe(16)
-        self.serving = self._on_gpu = False
+        self.serving = self.on_gpu = False
 
     @classmethod
     async def start(cls, spec: EngineSpec) -> "_Child":
@@ -243,7 +275,7 @@ class _Child:
         self.http = LlamaHTTP(
             ready.address, engine=self._spec.name, timeouts=self._spec.timeouts, api_key=self.api_key
         )
-        self.serving, self._on_gpu = True, ready.on_gpu
+        self.serving, self.on_gpu = True, ready.on_gpu
 
     @property
     def alive(self) -> bool:
@@ -261,7 +293,7 @@ class _Child:
 
     def memory_bytes(self) -> int | None:
         """Its resident memory, where that is what the model takes and the system tells (Linux)."""
-        if self._on_gpu:
+        if self.on_gpu:
             return None
         try:
             pages = int(Path(f"/proc/{self._process.pid}/statm").read_text("ascii").split()[1])
