@@ -68,6 +68,19 @@ def p95(values: Sequence[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
+def p99(values: Sequence[float]) -> float:
+    """The value that 99 in 100 do not exceed (nearest rank)."""
+    return sorted(values)[math.ceil(0.99 * len(values)) - 1]
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of the line of least squares."""
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+
+
 def keep(name: str, figures: Sequence[Figure], *, folder: Path) -> None:
     """Print `figures` and write `results/<name>.json`. `folder` is on the disk that was measured."""
     for figure in figures:

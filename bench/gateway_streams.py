@@ -23,7 +23,7 @@ import msgspec
 import psutil
 
 from bench import gateway
-from bench.figures import Figure, at_most, keep, median
+from bench.figures import Figure, at_most, keep, median, p99, slope
 from bench.server import serving
 
 STREAMS = 1000
@@ -140,19 +140,6 @@ def soak(url: str, pid: int, requests: int) -> list[Figure]:
         Figure(name="soak_memory_mb", value=samples[-1][2], unit="MB"),
         at_most("soak_slope", 3600 * slope(warm), "MB/h", 1.0, f"memory's growth over {done:,} requests"),
     ]
-
-
-def slope(points: list[tuple[float, float]]) -> float:
-    """Of the line of least squares."""
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
-
-
-def p99(values: list[float]) -> float:
-    """The value that 99 in 100 do not exceed."""
-    return sorted(values)[len(values) * 99 // 100]
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The peer: the same five steps as a LangGraph graph that checkpoints into SQLite.
 
 Runs in an environment of its own (see `bench.orchestration`), so nothing of ours is imported.
-`python langgraph_loop.py TASKS AT_ONCE FOLDER` prints the tasks per second.
+`python langgraph_loop.py TASKS AT_ONCE FOLDER DURABILITY` prints the tasks per second. With `async`, its
+default, the next step does not wait until the last one's checkpoint is on the disk; with `sync` it does.
+SQLite is as the saver sets it up: a write-ahead log, which each commit fsyncs (`synchronous` is FULL).
 """
 
 import asyncio
@@ -23,6 +25,7 @@ from langgraph.graph import (  # type: ignore[import-not-found]  # only in the p
 
 TEXT = "x" * 200
 WARM_UP = 16
+FULL = 2
 
 
 class Loop(TypedDict):
@@ -61,7 +64,7 @@ def graph() -> Any:
     return steps
 
 
-async def measure(tasks: int, at_once: int, folder: Path) -> float:
+async def measure(tasks: int, at_once: int, folder: Path, durability: str) -> float:
     async with AsyncSqliteSaver.from_conn_string(str(folder / "checkpoints.sqlite")) as saver:
         app = graph().compile(checkpointer=saver)
         free = asyncio.Semaphore(at_once)
@@ -69,15 +72,19 @@ async def measure(tasks: int, at_once: int, folder: Path) -> float:
         async def one(name: str) -> None:
             async with free:
                 ended = await app.ainvoke(
-                    {"task": name, "done": [], "verdicts": 0}, {"configurable": {"thread_id": name}}
+                    {"task": name, "done": [], "verdicts": 0},
+                    {"configurable": {"thread_id": name}},
+                    durability=durability,
                 )
             assert [entry["role"] for entry in ended["done"]] == ["planner", "coder", "qa", "debug", "qa"]
 
         await asyncio.gather(*(one(f"warm-{number}") for number in range(WARM_UP)))
+        async with saver.conn.execute("PRAGMA synchronous") as synchronous:
+            assert await synchronous.fetchone() == (FULL,)
         started = time.perf_counter()
         await asyncio.gather(*(one(f"task-{number}") for number in range(tasks)))
         return tasks / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":
-    print(uvloop.run(measure(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))
+    print(uvloop.run(measure(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])))

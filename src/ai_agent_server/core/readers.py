@@ -11,9 +11,12 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     TaskStatus,
 )
+from ai_agent_server.errors import TaskNotFoundError
 
 BACKLOG = 1024
 """How many events a reader may be behind before it is cut; it comes back with its last seq."""
+PAGE, PAGES = 8, 16
+"""A reader holds so many events of the past, or one in so many of all of them, and then reads on."""
 
 _Read = Callable[[str], Awaitable[TaskPacket]]
 
@@ -60,12 +63,21 @@ class Readers:
         """Every event after `since`, then what happens, until the task's end or the reader's."""
         reader = self._enter(task_id)
         try:
-            packet = await self._read(task_id)
-            for event in packet.history[since:]:
-                yield event
-            # Another server may have told the reader more than this one knows yet.
-            seen = max(since, packet.revision)
-            ended = packet.status.is_final
+            ended, seen, is_more = False, since, True
+            while is_more:
+                try:
+                    packet = await self._read(task_id)
+                except TaskNotFoundError:
+                    if seen > since:
+                        return  # deleted, or archived, while it was read
+                    raise
+                page = packet.history[seen : seen + max(PAGE, packet.revision // PAGES)]
+                is_more, ended = seen + len(page) < packet.revision, packet.status.is_final
+                # A slow reader may keep this for long, and the packet may be large.
+                del packet
+                for event in page:
+                    seen = event.seq
+                    yield event
             while not ended:
                 item = await reader.queue.get()
                 if item is None:

@@ -36,7 +36,13 @@ async def frames(
     keep_alive_s: float,
 ) -> AsyncGenerator[Frame]:
     """The frames of a task that was read as `packet` and is followed after `since`."""
-    yield _frame("snapshot", msgspec.structs.replace(packet, history=()))
+    snapshot, is_final = (
+        _frame("snapshot", msgspec.structs.replace(packet, history=())),
+        packet.status.is_final,
+    )
+    # A reader may take its time, and the packet may be large.
+    del packet
+    yield snapshot
     last: AnyTaskEvent | Progress | None = None
     coming: asyncio.Future[AnyTaskEvent | Progress] | None = None
     try:
@@ -60,7 +66,7 @@ async def frames(
                 await coming
         if isinstance(followed, AsyncGenerator):
             await followed.aclose()
-    if not packet.status.is_final and not isinstance(last, FINAL_EVENTS):
+    if not is_final and not isinstance(last, FINAL_EVENTS):
         yield _frame(CUT, {"since": since})
 
 
