@@ -6,6 +6,10 @@ one's first token is taken. Queued: one who waits for the slot leaves first, and
 not wait for his answer. The next one's own prompt is in that time; what it takes after an answer that
 ended by itself is measured too, and taken off. The load of the machine is told, since all of this is CPU
 time of a model.
+
+    python -m bench.disconnect [--trials 200] [--seed 1] [--out FILE]
+
+Each trial is kept in the file as it ends, and a rerun goes on with those that are not there.
 """
 
 import argparse
@@ -16,21 +20,42 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import aiohttp
+import msgspec
 
 from ai_agent_server.config.settings import packaged_configuration
 from bench.figures import Figure, at_most, keep, median, p95
+from bench.lines import LineFile, RefusedError
 from bench.server import serving
 
 Kind = Literal["streamed", "whole", "queued"]
+What = Literal["idle", "streamed", "whole", "queued"]
 TRIALS = 200
+OUT = Path("state/disconnect/embedded.jsonl")
+TOLD_EVERY = 50
 BOUND_MS = 500.0
 WAIT_S = 120.0
 LONG = "Write a very long story about a fox who walks around the world. Tell of every day."
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """All that a trial depends on beside its number."""
+
+    seed: int
+    version: int = 1
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One that was had. `idle`: nobody left, the answer before had ended."""
+
+    what: What
+    number: int
+    seconds: float
+    """From the leaving to the next one's first token."""
 
 
 class Left(Exception):
@@ -124,21 +149,28 @@ async def _leave(holder: asyncio.Task[None], following: asyncio.Task[None]) -> N
     await asyncio.gather(holder, return_exceptions=True)
 
 
-async def measured(url: str, *, seed: int, trials: int) -> tuple[dict[Kind, list[float]], list[float]]:
-    """Seconds of each kind, and those after an answer that ended."""
-    rng = random.Random(seed)
-    found: dict[Kind, list[float]] = {kind: [] for kind in get_args(Kind)}
+async def measured(url: str, lines: LineFile[Setup, Trial], *, seed: int, trials: int) -> None:
+    """Have the trials that are not in `lines`: so many of each kind, and a quarter of idle ones."""
+    known = {(trial.what, trial.number) for trial in lines.lines}
+    missing = [
+        (what, number)
+        for number in range(trials)
+        for what in get_args(What)
+        if (what, number) not in known and (what != "idle" or number % 4 == 0)
+    ]
     # A connection of its own for each request: to leave is to close it.
     connector = aiohttp.TCPConnector(force_close=True)
     timeout = aiohttp.ClientTimeout(total=WAIT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
-        client = Client(http, url, rng)
-        await client.idle_s()
-        idle = [await client.idle_s() for _ in range(max(1, trials // 4))]
-        for _ in range(trials):
-            for kind, times in found.items():
-                times.append(await _again(lambda kind=kind: client.trial(kind)))  # type: ignore[misc]
-    return found, idle
+        await Client(http, url, random.Random(seed)).idle_s()
+        for what, number in missing:
+            client = Client(http, url, random.Random(f"{seed} {what} {number}"))
+            seconds = await (
+                client.idle_s() if what == "idle" else _again(lambda c=client, w=what: c.trial(w))  # type: ignore[misc]
+            )
+            lines.add(Trial(what=what, number=number, seconds=seconds))
+            if len(lines.lines) % TOLD_EVERY == 0:
+                print(len(lines.lines), "trials", flush=True)
 
 
 async def _again(trial: Callable[[], Awaitable[float]]) -> float:
@@ -159,12 +191,13 @@ def one_slot(folder: Path) -> Path:
     return path
 
 
-def figures(found: dict[Kind, list[float]], idle: list[float]) -> list[Figure]:
+def figures(trials: Sequence[Trial]) -> list[Figure]:
     """In milliseconds."""
     told = []
-    alone_ms = 1000 * median(idle)
-    for kind, times in found.items():
-        ms = [max(0.0, 1000 * each - alone_ms) for each in times]
+    alone_ms = 1000 * median([trial.seconds for trial in trials if trial.what == "idle"])
+    for kind in get_args(Kind):
+        times_s = [trial.seconds for trial in trials if trial.what == kind]
+        ms = [max(0.0, 1000 * each - alone_ms) for each in times_s]
         what = f"from a {kind} request's leaving until the slot works for the next"
         told += [
             Figure(name=f"{kind}_p50_ms", value=median(ms), unit="ms", what=f"{what}, p50"),
@@ -179,7 +212,7 @@ def figures(found: dict[Kind, list[float]], idle: list[float]) -> list[Figure]:
             unit="ms",
             what="a first token after an answer that ended, p50",
         ),
-        Figure(name="trials", value=len(found["whole"]), unit="", what="of each kind"),
+        Figure(name="trials", value=len(times_s), unit="", what="of each kind"),
         Figure(
             name="load", value=os.getloadavg()[0], unit="", what="processes that ran or waited, at the end"
         ),
@@ -191,12 +224,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--out", type=Path, default=OUT, help="the trials; a rerun goes on with it")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = one_slot(Path(folder))
-        with serving(Path(folder) / "state", config) as server:
-            found, idle = asyncio.run(measured(server.url, seed=arguments.seed, trials=arguments.trials))
-    told = figures(found, idle)
+    seed, count = arguments.seed, arguments.trials
+    try:
+        with (
+            LineFile(arguments.out, Setup(seed), Trial) as lines,
+            tempfile.TemporaryDirectory() as folder,
+            serving(Path(folder) / "state", one_slot(Path(folder))) as server,
+        ):
+            asyncio.run(measured(server.url, lines, seed=seed, trials=count))
+            told = figures([trial for trial in lines.lines if trial.number < count])
+    except (RefusedError, OSError) as exc:
+        print(exc, file=sys.stderr)
+        return 2
     keep("disconnect", told, folder=Path())
     return int(any(figure.kept is False for figure in told))
 

@@ -25,8 +25,9 @@ from ai_agent_server.config import settings as configuration
 from ai_agent_server.errors import AgentServerError
 from ai_agent_server.sandbox._choose import choose_sandbox
 from bench import figures
+from bench.lines import RefusedError
 from bench.loop_quality import arms, best_of_n, problems, setup
-from bench.loop_quality.lines import ARMS, Arm, Line, Lines, RefusedError, Setup, missing
+from bench.loop_quality.lines import ARMS, Arm, Line, Lines, Setup, missing
 from bench.loop_quality.plot import svg
 from bench.loop_quality.problems import Problem
 from bench.loop_quality.summary import Summary, summarise, table

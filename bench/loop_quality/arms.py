@@ -35,7 +35,8 @@ from ai_agent_server.llm_engines.base import LLMEngine, ModelCard, chat
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
 from ai_agent_server.sandbox.base import Sandbox
 from ai_agent_server.tasks_state.memory_store import MemoryStore
-from bench.loop_quality.lines import Line, RefusedError, Setup
+from bench.lines import RefusedError
+from bench.loop_quality.lines import Line, Setup
 from bench.loop_quality.problems import Problem
 from bench.loop_quality.score import Score
 from bench.loop_quality.setup import ENTRY, PROFILE

@@ -10,7 +10,7 @@ from ai_agent_server.assembly import profiles_for
 from ai_agent_server.config.settings import LLMSettings, Settings
 from ai_agent_server.core.orchestration_engine import Profile
 from ai_agent_server.core.task_packet import Limits, LimitsDraft
-from bench.loop_quality.lines import RefusedError
+from bench.lines import RefusedError
 
 PROFILE, ENTRY = "developer", "fast-coder"
 PROGRAM = ("agents", "core", "llm_engines", "sandbox")

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from bench.lines import RefusedError
 from bench.loop_quality import problems
 from bench.loop_quality.__main__ import measure, parsed
-from bench.loop_quality.lines import Line, RefusedError, Setup
+from bench.loop_quality.lines import Line, Setup
 from bench.loop_quality.problems import Problem
 from bench.loop_quality.score import Score
 from bench.loop_quality.summary import Summary

@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 import msgspec
 import pytest
 from bench.figures import Machine
+from bench.lines import RefusedError
 from bench.loop_quality import best_of_n, problems, setup
 from bench.loop_quality.__main__ import parsed
-from bench.loop_quality.lines import Arm, Line, Lines, RefusedError, Setup, missing
+from bench.loop_quality.lines import Arm, Line, Lines, Setup, missing
 from bench.loop_quality.plot import svg
 from bench.loop_quality.summary import Summary, summarise, table
 
