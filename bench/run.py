@@ -13,17 +13,8 @@ from pathlib import Path
 
 from bench.figures import RESULTS, Report, read
 
-MEASUREMENTS: dict[str, tuple[str, ...]] = {
-    "orchestration": (),
-    "startup": (),
-    "task_files": (),
-    "sandbox_overhead": (),
-    "gateway": (),
-    "gateway_streams": (),
-    "stream_faults": ("--write",),
-    "gpu_queue": (),
-}
-"""Name -> its arguments."""
+FOLDER = Path(__file__).parent
+ARGUMENTS = {"stream_faults": ("--write",)}
 LEFT_OUT = {
     "disconnect": "600 trials on the embedded model, a quarter of an hour",
     "tools": "1,000 calls of the embedded model, an hour or two",
@@ -33,17 +24,30 @@ LEFT_OUT = {
     "gateway_peers": "needs LiteLLM's proxy and Portkey's, which are no dependencies",
 }
 """Name -> why; each runs by itself, `python -m bench.NAME`."""
+PARTS = frozenset({"dribbler", "run"})
+"""Programs that measure nothing by themselves."""
+
+
+def measurements() -> tuple[str, ...]:
+    """Every program of this folder that is not left out."""
+    programs = (
+        path.parent.name if path.name == "__main__.py" else path.stem
+        for path in (*FOLDER.glob("*.py"), *FOLDER.glob("*/__main__.py"))
+        if '__name__ == "__main__"' in path.read_text("utf-8")
+    )
+    return tuple(sorted(set(programs) - LEFT_OUT.keys() - PARTS))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table."""
+    known = measurements()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASUREMENTS)}; else all")
-    names = parser.parse_args(arguments).names or list(MEASUREMENTS)
-    if unknown := [name for name in names if name not in MEASUREMENTS]:
-        parser.error(f"{', '.join(unknown)}: choose from {', '.join(MEASUREMENTS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; else all")
+    names = parser.parse_args(arguments).names or known
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"{', '.join(unknown)}: choose from {', '.join(known)}")
     broken = [name for name in names if _run(name)]
     reports = [read(name) for name in names if (RESULTS / f"{name}.json").exists()]
     if reports:
@@ -64,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str) -> int:
     print(f"== {name}", flush=True)
-    command = [sys.executable, "-m", f"bench.{name}", *MEASUREMENTS[name]]
-    return subprocess.run(command, check=False, cwd=Path(__file__).parent.parent).returncode
+    command = [sys.executable, "-m", f"bench.{name}", *ARGUMENTS.get(name, ())]
+    return subprocess.run(command, check=False, cwd=FOLDER.parent).returncode
 
 
 def table(reports: list[Report]) -> str:
