@@ -154,7 +154,7 @@ async def test_a_schema_is_sent_as_the_apis_grammar_knows_it(
 
 async def test_all_of_the_prompt_is_counted_cached_or_not(engine: AnthropicEngine) -> None:
     usage = (await chat(engine, ask())).usage
-    assert (usage.input_tokens, usage.output_tokens) == (11, 6)
+    assert (usage.input_tokens, usage.output_tokens, usage.cached_tokens) == (11, 6, 4)
 
 
 async def test_thinking_is_told_apart_from_the_answer(

@@ -62,6 +62,17 @@ def test_usage_after_the_finish_is_in_the_last_delta() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("details", "cached_tokens"),
+    [({"cached_tokens": 2}, 2), ({"cached_tokens": None}, 0), (None, 0), ({"audio_tokens": 0}, 0),
+     ({"cached_tokens": 9}, 3), ({"cached_tokens": -1}, 0)],
+)  # fmt: skip
+def test_what_was_not_read_again_is_a_part_of_the_prompt(details: Any, cached_tokens: int) -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": details}
+    _, last = fold(choice({"content": "hi"}, "stop"), {"choices": [], "usage": usage})
+    assert last.usage == ChatUsage(input_tokens=3, output_tokens=1, cached_tokens=cached_tokens)
+
+
 def test_a_chunk_without_choices_carries_no_answer() -> None:
     deltas, last = fold({"choices": None}, {"choices": []}, choice({"content": "hi"}, "length"))
     assert [delta.text for delta in deltas] == ["hi"]

@@ -384,7 +384,8 @@ def answer(
 
 
 def end(reason: FinishReason = "stop") -> ChatDelta:
-    return ChatDelta(finish_reason=reason, usage=ChatUsage(input_tokens=7, output_tokens=5))
+    usage = ChatUsage(input_tokens=7, output_tokens=5, cached_tokens=4)
+    return ChatDelta(finish_reason=reason, usage=usage)
 
 
 def call(index: int, arguments: str = "", **head: str) -> ChatDelta:
@@ -421,9 +422,9 @@ def test_text_is_one_block_between_the_messages_start_and_its_end() -> None:
             "type": "message_delta",
             "delta": {"stop_reason": "end_turn", "stop_sequence": None},
             "usage": {
-                "input_tokens": 7,
+                "input_tokens": 3,
                 "cache_creation_input_tokens": 0,
-                "cache_read_input_tokens": 0,
+                "cache_read_input_tokens": 4,
                 "output_tokens": 5,
             },
         },

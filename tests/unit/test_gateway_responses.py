@@ -125,7 +125,7 @@ KINDS = [
     "json_schema",
     "allowed_tools",
 ]
-END = ChatDelta(finish_reason="stop", usage=ChatUsage(input_tokens=7, output_tokens=3))
+END = ChatDelta(finish_reason="stop", usage=ChatUsage(input_tokens=7, output_tokens=3, cached_tokens=5))
 
 
 def test_a_text_is_a_users_message_after_the_instructions() -> None:
@@ -354,6 +354,7 @@ def test_the_events_of_a_text_come_in_openais_order() -> None:
         3,
         10,
     )
+    assert response.usage.input_tokens_details.cached_tokens == 5
     assert response.status == "completed"
     assert response.completed_at is not None
 

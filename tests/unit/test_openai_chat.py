@@ -231,7 +231,7 @@ def frames(written: bytes) -> list[Any]:
 
 def written(*deltas: ChatDelta, include_usage: bool) -> list[Any]:
     chunks = wire.Chunks(request_id="r1", model="first", created=5, include_usage=include_usage)
-    usage = ChatUsage(input_tokens=3, output_tokens=4)
+    usage = ChatUsage(input_tokens=3, output_tokens=4, cached_tokens=2)
     return frames(chunks.first() + b"".join(map(chunks.frames, deltas)) + chunks.end(usage))
 
 
@@ -262,7 +262,12 @@ def test_the_usage_comes_last_and_only_to_who_asked() -> None:
     *chunks, usage, done = written(ChatDelta(finish_reason="stop"), include_usage=True)
     assert all(chunk["usage"] is None for chunk in chunks)
     assert usage["choices"] == []
-    assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert usage["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
     assert done == "[DONE]"
 
 

@@ -72,6 +72,8 @@ class ChatUsage(msgspec.Struct, frozen=True, kw_only=True):
 
     input_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the input: what the engine had kept from an earlier request and did not read again."""
 
 
 class RouteHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

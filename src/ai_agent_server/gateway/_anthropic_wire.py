@@ -493,7 +493,8 @@ def _pointer(path: tuple[str | int, ...]) -> str:
 
 
 class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens. Nothing here is kept for a price of its own, so the cache's figures are 0."""
+    """Tokens. `input_tokens` is what was read; what the engine had kept from before comes beside it.
+    Nothing is kept for a price of its own, so nothing is ever created."""
 
     input_tokens: int
     cache_creation_input_tokens: int = 0
@@ -681,7 +682,8 @@ class Answer:
             stop_reason=reason,
             stop_sequence=self._scan.found,
             usage=MessageUsage(
-                input_tokens=self._usage.input_tokens,
+                input_tokens=self._usage.input_tokens - self._usage.cached_tokens,
+                cache_read_input_tokens=self._usage.cached_tokens,
                 # Who stops an engine does not hear its count; a delta is about a token.
                 output_tokens=self._usage.output_tokens or self._written,
             ),

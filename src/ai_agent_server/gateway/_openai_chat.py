@@ -348,12 +348,19 @@ def _shallow(schema: JSONObject | None, pointer: str) -> JSONObject | None:
     raise InvalidPacketError("nested too deep", pointer=pointer, expected=f"at most {MAX_DEPTH} levels")
 
 
+class PromptDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the prompt, what the engine had kept from an earlier request; 0 where it does not tell."""
+
+    cached_tokens: int = 0
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens as the engine counted them."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
@@ -436,6 +443,7 @@ def _usage(usage: ChatUsage) -> Usage:
         prompt_tokens=usage.input_tokens,
         completion_tokens=usage.output_tokens,
         total_tokens=usage.input_tokens + usage.output_tokens,
+        prompt_tokens_details=PromptDetails(cached_tokens=usage.cached_tokens),
     )
 
 

@@ -79,7 +79,7 @@ Item: TypeAlias = OutputMessage | FunctionCall | CustomCall | ReasoningItem
 
 
 class InputDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """No engine tells what of the prompt came from its cache."""
+    """Of the input, what the engine had kept from an earlier request; 0 where it does not tell."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
@@ -440,6 +440,7 @@ class Answer:
                 input_tokens=usage.input_tokens,
                 output_tokens=usage.output_tokens,
                 total_tokens=usage.input_tokens + usage.output_tokens,
+                input_tokens_details=InputDetails(cached_tokens=usage.cached_tokens),
             ),
         )
         last = (Incompleted if cut else Completed)(sequence_number=self._next(), response=response)

@@ -242,7 +242,11 @@ class Answer:
             raise EngineProtocolError("the stream ended without a stop_reason", engine=self._engine)
         usage = None
         if self._output_tokens is not None:
-            usage = ChatUsage(input_tokens=sum(self._input.values()), output_tokens=self._output_tokens)
+            usage = ChatUsage(
+                input_tokens=sum(self._input.values()),
+                output_tokens=self._output_tokens,
+                cached_tokens=self._input.get("cache_read_input_tokens", 0),
+            )
         return ChatDelta(finish_reason=self._finish, usage=usage, model=self._model)
 
     def _start(self, index: int, block: _Block) -> ChatDelta | None:

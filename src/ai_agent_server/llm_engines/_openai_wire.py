@@ -54,9 +54,14 @@ class _Choice(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
 
 
+class _PromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int | None = 0
+
+
 class _Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -152,6 +157,17 @@ def decode_chunk(event: bytes, *, engine: str) -> Chunk:
         raise EngineProtocolError("a chunk of the answer is malformed", engine=engine) from exc
 
 
+def _counted(usage: _Usage) -> ChatUsage:
+    input_tokens = usage.prompt_tokens or 0
+    details = usage.prompt_tokens_details
+    cached_tokens = (details.cached_tokens or 0) if details is not None else 0
+    return ChatUsage(
+        input_tokens=input_tokens,
+        output_tokens=usage.completion_tokens or 0,
+        cached_tokens=max(0, min(cached_tokens, input_tokens)),
+    )
+
+
 def error_body(body: Any) -> ErrorBody:
     """What an error body says: `{"error": {...}}`, `{"error": "..."}`, `{"message": ...}` or bare text."""
     inner = body.get("error", body) if isinstance(body, dict) else body
@@ -194,10 +210,7 @@ class Answer:
             )
         self._model = chunk.model or self._model
         if chunk.usage is not None:
-            self._usage = ChatUsage(
-                input_tokens=chunk.usage.prompt_tokens or 0,
-                output_tokens=chunk.usage.completion_tokens or 0,
-            )
+            self._usage = _counted(chunk.usage)
         choice = next((choice for choice in chunk.choices or () if choice.index == 0), None)
         if choice is None:
             self.progressed = chunk.usage is not None
