@@ -110,9 +110,11 @@ class _Histogram:
         self._rows: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
 
     def add(self, labels: tuple[str, ...], value: float) -> None:
-        if labels not in self._rows and len(self._rows) >= MAX_ROWS:
-            labels = (OTHER,) * len(labels)
-        counts, total = self._rows.setdefault(labels, ([0] * (len(self._bounds) + 1), [0.0]))
+        row = self._rows.get(labels)
+        if row is None:
+            labels = labels if len(self._rows) < MAX_ROWS else (OTHER,) * len(labels)
+            row = self._rows.setdefault(labels, ([0] * (len(self._bounds) + 1), [0.0]))
+        counts, total = row
         counts[bisect_left(self._bounds, value)] += 1
         total[0] += value
 

@@ -383,9 +383,10 @@ class _Gateway:
 
     def add(self, request: Served) -> None:
         key = (request.surface, request.tier, request.llm, request.status)
-        if key not in self._requests and len(self._requests) >= MAX_NAMES:
-            key = (OTHER, OTHER, OTHER, OTHER)
-        count = self._requests.setdefault(key, [0, 0, 0])
+        count = self._requests.get(key)
+        if count is None:
+            key = key if len(self._requests) < MAX_NAMES else (OTHER, OTHER, OTHER, OTHER)
+            count = self._requests.setdefault(key, [0, 0, 0])
         count[0] += 1
         count[1] += request.input_tokens
         count[2] += request.output_tokens
@@ -429,9 +430,10 @@ class _Gateway:
 
 def _of(table: dict[str, T], name: str, new: Callable[[], T]) -> T:
     """The entry of `name`, or of `other` once the table is full."""
-    if name not in table and len(table) >= MAX_NAMES:
-        name = OTHER
-    return table.setdefault(name, new())
+    found = table.get(name)
+    if found is None:
+        found = table.setdefault(name if len(table) < MAX_NAMES else OTHER, new())
+    return found
 
 
 def _count(table: dict[str, int], name: str) -> None:

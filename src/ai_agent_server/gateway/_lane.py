@@ -35,7 +35,7 @@ class JsonAnswer:
                 "headers": [
                     (b"content-type", b"application/json"),
                     (b"content-length", b"%d" % len(self._body)),
-                    *((name.lower().encode(), value.encode()) for name, value in self._headers.items()),
+                    *[(name.lower().encode(), value.encode()) for name, value in self._headers.items()],
                 ],
             }
         )

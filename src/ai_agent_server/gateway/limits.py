@@ -315,7 +315,9 @@ class Limiter:
         self.prune(now_s)
 
     def _meter(self, subject: str, bound: Bound) -> _Meter:
-        meters = self._meters.setdefault(subject, {})
+        meters = self._meters.get(subject)
+        if meters is None:
+            meters = self._meters[subject] = {}
         name = (bound.unit, bound.per_s)
         meter = meters.get(name)
         if meter is None:

@@ -39,6 +39,8 @@ class Events:
         """The events that `piece` completes. Raises `EngineProtocolError`."""
         found = []
         for stripped in self._lines.feed(piece):
+            if not stripped:
+                continue
             if stripped.startswith(b"data:"):
                 found.append(stripped[5:].strip())
             elif stripped.startswith(b"error:"):

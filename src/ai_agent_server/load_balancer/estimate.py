@@ -32,10 +32,11 @@ def input_tokens(request: ChatRequest) -> int:
         for part in message.parts:
             match part:
                 case TextPart():
-                    size_bytes += len(part.text.encode("utf-8", "surrogatepass"))
+                    size_bytes += _size_bytes(part.text)
                 case ImagePart():
                     images += 1
-        size_bytes += sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+        for call in message.tool_calls:
+            size_bytes += len(call.name) + len(call.arguments)
     if request.tools:
         size_bytes += len(msgspec.json.encode(request.tools))
     return (
@@ -45,7 +46,12 @@ def input_tokens(request: ChatRequest) -> int:
 
 def text_tokens(text: str) -> int:
     """A text's tokens, estimated."""
-    return round(len(text.encode("utf-8", "surrogatepass")) / BYTES_PER_TOKEN)
+    return round(_size_bytes(text) / BYTES_PER_TOKEN)
+
+
+def _size_bytes(text: str) -> int:
+    """Of `text` as UTF-8. A text of ASCII alone knows it, however long it is."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def requirements(request: ChatRequest) -> Requirements:
