@@ -62,11 +62,13 @@ class EventStream(ASGIResponse):
             log.error("events.failed", **self._about, exc_info=problem)
 
     async def _write(self, send: Send) -> None:
+        now_s = asyncio.get_running_loop().time
         try:
-            async with aclosing(self._frames) as frames:
+            async with asyncio.timeout(None) as limit, aclosing(self._frames) as frames:
                 async for frame in frames:
-                    async with asyncio.timeout(self._write_timeout_s):
-                        await send({"type": "http.response.body", "body": frame, "more_body": True})
+                    limit.reschedule(now_s() + self._write_timeout_s)
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+                    limit.reschedule(None)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log.info("events.slow_reader_cut", **self._about)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import suppress
 
 import msgspec
 from yarl import URL
@@ -55,23 +55,32 @@ class EventSource:
             keep_alive=keep_alive,
         )
 
-    async def events(self, body: bytes, pace: Pace, traceparent: str = "") -> AsyncGenerator[bytes, None]:
-        """Each event's payload, until `[DONE]` or the end. Closed before, it closes the connection."""
-        answer = await self._posts.post(body, pace, {"traceparent": traceparent} if traceparent else {})
+    async def deltas(
+        self, body: JSONObject, pace: Pace, traceparent: str = ""
+    ) -> AsyncGenerator[ChatDelta, None]:
+        """The answer that OpenAI's form of chat completions gives to `body`, piece by piece.
+
+        It lasts until `[DONE]` or the body's end. Closed before, it closes the connection.
+        """
+        folded, events = wire.Answer(engine=self._engine, secret=self._secret), Events(engine=self._engine)
+        answer = await self._posts.post(
+            msgspec.json.encode(body), pace, {"traceparent": traceparent} if traceparent else {}
+        )
         try:
             if answer.status != 200:
                 raise await self._refused(answer, pace)
-            events, is_done = Events(engine=self._engine), False
-            while not is_done:
-                # What is there already need not be timed.
-                piece = answer.read_nowait() or await answer.read(pace)
-                if not piece:
-                    return
+            is_done = False
+            # What is there already need not be timed.
+            while not is_done and (piece := answer.read_nowait() or await answer.read(pace)):
                 for event in events.feed(piece):
                     if event == DONE:
                         is_done = True
                         break
-                    yield event
+                    delta = folded.take(wire.decode_chunk(event, engine=self._engine))
+                    if folded.progressed:
+                        pace.progress()
+                    if delta is not None:
+                        yield delta
             if not answer.is_over:
                 with suppress(TimeoutError, EngineTimeoutError):
                     async with asyncio.timeout(END_S):
@@ -79,20 +88,7 @@ class EventSource:
                             pass
         finally:
             answer.close()
-
-    async def deltas(
-        self, body: JSONObject, pace: Pace, traceparent: str = ""
-    ) -> AsyncGenerator[ChatDelta, None]:
-        """The answer that OpenAI's form of chat completions gives to `body`, piece by piece."""
-        answer = wire.Answer(engine=self._engine, secret=self._secret)
-        async with aclosing(self.events(msgspec.json.encode(body), pace, traceparent)) as events:
-            async for event in events:
-                delta = answer.take(wire.decode_chunk(event, engine=self._engine))
-                if answer.progressed:
-                    pace.progress()
-                if delta is not None:
-                    yield delta
-        yield answer.end()
+        yield folded.end()
 
     async def aclose(self) -> None:
         """Close every socket. May be called twice."""

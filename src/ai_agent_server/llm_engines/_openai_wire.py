@@ -189,6 +189,15 @@ def decode_error(body: bytes) -> ErrorBody:
         return ErrorBody(message=body.decode("utf-8", "replace"))
 
 
+def _call(call: _ToolCall) -> ToolCallDelta:
+    return ToolCallDelta(
+        index=call.index,
+        id=call.id or None,
+        name=(call.function.name or None) if call.function else None,
+        arguments=(call.function.arguments or "") if call.function else "",
+    )
+
+
 class Answer:
     """Folds the chunks of one answer into deltas. The last delta is held until the usage came."""
 
@@ -211,22 +220,16 @@ class Answer:
         self._model = chunk.model or self._model
         if chunk.usage is not None:
             self._usage = _counted(chunk.usage)
-        choice = next((choice for choice in chunk.choices or () if choice.index == 0), None)
-        if choice is None:
+        for choice in chunk.choices or ():
+            if choice.index == 0:
+                break
+        else:
             self.progressed = chunk.usage is not None
             return None
         if choice.finish_reason is not None:
             self._finish = self._finish_reason(choice.finish_reason)
         delta = choice.delta or _Delta()
-        calls = tuple(
-            ToolCallDelta(
-                index=call.index,
-                id=call.id or None,
-                name=(call.function.name or None) if call.function else None,
-                arguments=(call.function.arguments or "") if call.function else "",
-            )
-            for call in delta.tool_calls or ()
-        )
+        calls = tuple(map(_call, delta.tool_calls)) if delta.tool_calls else ()
         self._called = self._called or bool(calls)
         thought = delta.reasoning_content or delta.reasoning
         self.progressed = bool(delta.content or calls or thought or choice.finish_reason)
