@@ -516,12 +516,16 @@ async def test_an_llm_that_is_switched_off_answers_none_of_those_who_wait_for_it
 
 
 @asynccontextmanager
-async def beside_an_api(spill_after_s: float) -> AsyncIterator[tuple[BalancedEngine, SlowEngine, SlowEngine]]:
-    card = Card(a=900)
+async def beside_an_api(
+    spill_after_s: float, *others: str
+) -> AsyncIterator[tuple[BalancedEngine, SlowEngine, SlowEngine]]:
+    """One LLM on the card that is full with it, an API, and `others` on the same card."""
+    card = Card(**dict.fromkeys(("a", *others), 900))
     a, api = card.engine("a"), SlowEngine(Card(api=0), "api")
     api.loaded = True
     far = llm("api", source="api", accelerator=None, memory_mb=None)
-    engine = balanced({"a": (llm("a"), a), "api": (far, api)}, spill_after_s=spill_after_s)
+    beside = {name: (llm(name), card.engine(name)) for name in others}
+    engine = balanced({"a": (llm("a"), a), "api": (far, api), **beside}, spill_after_s=spill_after_s)
     try:
         async with asyncio.timeout(DEADLINE_S):
             yield engine, a, api
@@ -568,6 +572,39 @@ async def test_what_has_waited_longer_than_foretold_an_api_serves_but_nothing_pr
         assert api.card.said == ["api: waits"]
         background.cancel()
         await asyncio.wait((background,))
+
+
+async def test_what_waited_while_no_api_could_serve_an_api_serves_once_it_can() -> None:
+    async with beside_an_api(spill_after_s=0.1) as (engine, a, api):
+        await engine.set_toggle("api", False)
+        a.go.clear()
+        first = ask(engine, "a", allowed=["a"])
+        await until(lambda: a.running == 1)
+        waits = ask(engine, "a", "waits")
+        await until(lambda: len(view(engine).queue) == 1)
+        await asyncio.sleep(0.5)  # past its time: it is asked for, and nobody can
+        await engine.set_toggle("api", True)
+        assert (await waits).llm == "api"
+        assert api.card.said == ["api: waits"]
+        a.go.set()
+        assert (await first).llm == "a"
+
+
+async def test_what_waits_at_another_llm_since_it_is_overdue_goes_to_an_api_too() -> None:
+    async with beside_an_api(0.1, "b") as (engine, a, _):
+        await engine.set_toggle("api", False)
+        a.go.clear()
+        first = ask(engine, "a", allowed=["a"])
+        await until(lambda: a.running == 1)
+        waits = ask(engine, "a", "waits")
+        await until(lambda: len(view(engine).queue) == 1)
+        await asyncio.sleep(0.5)  # past its time
+        await engine.set_toggle("a", False)
+        await until(lambda: [each.llm for each in view(engine).queue] == ["b"])
+        await engine.set_toggle("api", True)
+        assert (await waits).llm == "api"
+        a.go.set()
+        assert (await first).llm == "a"
 
 
 async def test_what_an_api_fails_to_serve_is_served_here_after_all() -> None:

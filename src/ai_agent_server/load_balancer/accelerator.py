@@ -48,6 +48,8 @@ from ai_agent_server.memory_gauges.base import Gauged, MemoryGauge
 LOAD_TIMEOUT_S = 600.0
 UNLOAD_TIMEOUT_S = 60.0
 LOOK_TIMEOUT_S = 5.0
+SPILL_AGAIN_S = 2.0
+"""Between two questions whether an API may serve by now what has waited for as long as it should."""
 GIVEN_BACK_S = 5.0
 """So long a driver may take until memory that a model gave back is free."""
 GIVEN_BACK_LOOK_S = 0.2
@@ -121,7 +123,8 @@ class AcceleratorQueue:
     ) -> Start | Refuse:
         """Wait until a request for `llm` may be sent, or is refused. A `Start` is given back by `leave`.
 
-        Where it still waits after `spill_after_s`, and `spills` says so, it is refused to be placed again.
+        Where it still waits after `spill_after_s`, it is refused as soon as `spills` says so, to be placed
+        again.
         """
         request = f"{self.name}.{next(self._numbers)}"
         answer: asyncio.Future[Start | Refuse] = asyncio.get_running_loop().create_future()
@@ -344,8 +347,12 @@ class AcceleratorQueue:
 
     async def _spill_later(self, request: str, after_s: float, spills: Callable[[], bool]) -> None:
         await self._sleep(after_s)
-        if request in self._waiting and not self._waiting[request].done() and spills():
-            self._tell(Spilled(request=request))
+        while request in self._waiting and not self._waiting[request].done():
+            if spills():
+                self._tell(Spilled(request=request))
+                return
+            # The API that may not serve it now may later: its circuit closes, it is switched on.
+            await self._sleep(SPILL_AGAIN_S)
 
     async def _load(self, llm: str, engined: Engined) -> None:
         try:

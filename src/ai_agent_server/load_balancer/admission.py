@@ -137,11 +137,11 @@ class Admission:
         return lease
 
     def spills_in_s(self, journey: Journey) -> float:
-        """For how long it may wait on before an API is to serve it; infinite where none is to any more."""
+        """For how long it may wait on before an API is to serve it; infinite where none ever is."""
         bound_s = self.settings.spill_after_s
-        if bound_s is None or journey.wanted.overdue:
+        if bound_s is None:
             return math.inf
-        return max(0.0, bound_s - journey.waited_s)
+        return 0.0 if journey.wanted.overdue else max(0.0, bound_s - journey.waited_s)
 
     def release(self, lease: Lease) -> None:
         """The stream ended, however it did."""
@@ -192,7 +192,8 @@ class Admission:
             now_s = self._clock()
             if now_s >= deadline_s:
                 return self._last_resort(waiter)
-            spills_s = began_s + self.spills_in_s(journey)
+            # Once it is overdue, each `dispatch` knows.
+            spills_s = math.inf if journey.wanted.overdue else began_s + self.spills_in_s(journey)
             if now_s >= spills_s:
                 journey.now_overdue()
                 self.dispatch()
