@@ -233,7 +233,6 @@ async def test_no_request_is_answered_with_a_fault_of_the_server(server: ServerP
 
         @settings(
             max_examples=EXAMPLES,
-            deadline=None,
             derandomize=True,
             database=None,
             suppress_health_check=list(HealthCheck),

@@ -107,7 +107,7 @@ async def test_a_packet_by_nats_waits_for_an_outside_qas_verdict(tmp_path: Path,
             }
             await js.publish("ai-agent-server.tasks.feedback", json.dumps(verdict).encode())
             packet = await ended(http, task_id)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await metrics.wait()
                 while not any(e.get("event", {}).get("type") == "task.completed" for e in seen):
                     await asyncio.sleep(0.1)

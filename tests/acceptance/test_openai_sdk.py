@@ -75,14 +75,14 @@ def chats(double: OpenAIDouble) -> list[Any]:
 
 async def until_asked(double: OpenAIDouble, times: int = 1) -> None:
     """So many chats have been asked for."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(chats(double)) < times:
             await asyncio.sleep(0.01)
 
 
 async def until_idle(gateway: Gateway) -> None:
     """Every slot is free again."""
-    async with gateway.process.http() as http, asyncio.timeout(10):
+    async with gateway.process.http() as http, asyncio.timeout(60):
         while any(llm["in_flight"] for llm in (await http.get("/api/v1/llms")).json()["items"]):
             await asyncio.sleep(0.02)
 
@@ -603,7 +603,7 @@ async def test_a_client_that_leaves_a_role_cancels_its_task(
         await asyncio.gather(asking, return_exceptions=True)
         await first.until_hung_up()
         newest = (await http.get("/api/v1/tasks", params={"role": "reader", "limit": 1})).json()["items"][0]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while newest["status"] != "canceled":
                 await asyncio.sleep(0.02)
                 newest = (await http.get(f"/api/v1/tasks/{newest['task_id']}")).json()

@@ -16,7 +16,7 @@ from ai_agent_server.errors import ChannelClosedError, ChannelError, MessageTooL
 from tests.servers.nats import a_nats_server
 
 Opener = Callable[[Path], AbstractAsyncContextManager[Channel]]
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @asynccontextmanager

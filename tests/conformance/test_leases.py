@@ -14,7 +14,7 @@ from tests.servers.nats import NatsServer, a_nats_server
 from tests.servers.shared_store import a_link
 
 LEASE_S = 1.5
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Process:

@@ -260,7 +260,7 @@ class LlamaCppRig(Rig):
     async def until_free(self) -> None:
         # The server's own word for it; there is no other door to look through.
         child = self._shared._child  # type: ignore[attr-defined]  # LlamaCppEngine's
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while any(slot["is_processing"] for slot in await child.http.get("/slots", list[dict[str, Any]])):
                 await asyncio.sleep(0.01)
 

@@ -48,7 +48,7 @@ def processes_with(token: str) -> tuple[int, ...]:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for it; the deadline only bounds a wait that would never end."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 

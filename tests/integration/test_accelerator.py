@@ -32,7 +32,7 @@ from tests.servers.ollama_double import OllamaDouble
 from tests.servers.process import ServerProcess, scripted, write_config
 from tests.servers.vllm_double import VLLMDouble
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 MB = 2**20
 MEMORY_FOR_ONE_MB = 300
 

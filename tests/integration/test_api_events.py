@@ -44,7 +44,7 @@ async def frames(answer: httpx.Response) -> AsyncIterator[dict[str, str]]:
 
 async def told(frame: AsyncIterator[dict[str, str]]) -> dict[str, str]:
     """The next frame that is no comment."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while "event" not in (found := await anext(frame)):
             pass
     return found
@@ -125,7 +125,7 @@ async def test_an_event_id_that_is_none_is_refused(
 
 async def test_a_silent_stream_is_kept_alive(http: httpx.AsyncClient) -> None:
     task_id = await submitted(http)
-    async with http.stream("GET", f"/api/v1/tasks/{task_id}/events") as answer, asyncio.timeout(20):
+    async with http.stream("GET", f"/api/v1/tasks/{task_id}/events") as answer, asyncio.timeout(60):
         comments = 0
         async for frame in frames(answer):
             comments += "event" not in frame
@@ -141,7 +141,7 @@ async def test_a_reader_that_leaves_cancels_nothing_and_is_forgotten(
         await told(frames(answer))
         assert parts.engine.followers == 1
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while parts.engine.followers:
             await asyncio.sleep(0.01)
     assert parts.engine.tasks[task_id].status == "submitted"
@@ -149,7 +149,7 @@ async def test_a_reader_that_leaves_cancels_nothing_and_is_forgotten(
 
 async def test_a_reader_that_does_not_read_is_cut() -> None:
     parts = Parts(write_timeout_s=0.2)
-    async with serving(parts.app) as address, asyncio.timeout(30):
+    async with serving(parts.app) as address, asyncio.timeout(60):
         async with httpx.AsyncClient(base_url=address) as http:
             task_id = await submitted(http)
         reader, writer = await asyncio.open_connection(
@@ -175,7 +175,7 @@ async def test_a_stream_that_the_engine_cuts_says_how_to_come_back(
         await told(coming)
         await told(coming)
         parts.engine.cut(task_id)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             last = [frame async for frame in coming][-1]
 
     assert "Last-Event-ID" in last[""]

@@ -251,7 +251,7 @@ async def test_options_tell_every_method_of_a_path(http: httpx.AsyncClient) -> N
 
 
 async def first_task(parts: Parts) -> str:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not parts.engine.tasks or not parts.engine.followers:
             await asyncio.sleep(0.01)
     return next(iter(parts.engine.tasks))

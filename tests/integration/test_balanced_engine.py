@@ -31,7 +31,7 @@ from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, Member
 from ai_agent_server.load_balancer.base import LLMView, Requirements
 from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirst
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 Step = ChatDelta | Exception
 ANSWER: tuple[Step, ...] = (

@@ -98,7 +98,7 @@ async def test_who_leaves_before_the_first_token_pays_for_the_prompt(tmp_path: P
         leaving = asyncio.create_task(
             http.post("/v1/chat/completions", json=body, headers=shows(LAPTOP), timeout=60)
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await in_flight(http):
                 await asyncio.sleep(0.05)
             await asyncio.sleep(0.3)
@@ -121,7 +121,7 @@ async def test_who_leaves_while_waiting_for_a_slot_pays_nothing(tmp_path: Path) 
             )
             for key in (PHONE, LAPTOP)
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await in_flight(http):
                 await asyncio.sleep(0.05)
             await asyncio.sleep(0.5)
@@ -178,7 +178,7 @@ async def test_counters_survive_a_restart_and_a_kill(tmp_path: Path) -> None:
     async with server(tmp_path, laptop=limits) as (running, http):
         second = await say(http)
         before_s = (tmp_path / "state" / "limits.json").stat().st_mtime
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while (tmp_path / "state" / "limits.json").stat().st_mtime == before_s:
                 await asyncio.sleep(0.2)
         await running.kill()
@@ -293,7 +293,7 @@ async def test_a_reload_changes_limits_and_keeps_what_was_used(tmp_path: Path) -
         document = json.loads(running.config.read_text())
         document["gateway"]["keys"]["laptop"]["limits"] = [{**HOUR, "requests": 3}]
         running.config.write_text(json.dumps(document))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while (again := await say(http)).status_code == 429:
                 await asyncio.sleep(0.2)
     assert (first.status_code, refused.status_code) == (200, 429)

@@ -118,7 +118,7 @@ async def test_a_role_that_may_be_asked_for_again_goes_on_when_its_client_leaves
     async with server.http() as http:
         asking = asyncio.create_task(as_chat(http, "phone", "patient"))
         tasks: list[Any] = []
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not any(task["idempotency_key"] == "phone/patient" for task in tasks):
                 listed = await http.get("/api/v1/tasks", headers=shows("phone"))
                 tasks = listed.json()["items"]
@@ -154,7 +154,7 @@ async def test_a_restart_finds_the_keys_as_they_are_then(tmp_path: Path) -> None
 
 async def until(http: httpx.AsyncClient, task_id: str, status: str) -> Any:
     """The task, when it stands so."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             task = (await http.get(f"/api/v1/tasks/{task_id}", headers=shows("admin"))).json()
             if task["status"] == status:

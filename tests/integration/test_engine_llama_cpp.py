@@ -70,7 +70,7 @@ async def slots(engine: LlamaCppEngine) -> list[Slot]:
 
 
 async def until_gone(process: psutil.Process) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             await asyncio.sleep(0.02)
 
@@ -223,7 +223,7 @@ async def test_a_path_that_no_system_takes_is_an_engine_error() -> None:
 async def test_closing_during_a_load_leaves_no_process() -> None:
     engine = build()
     loading = asyncio.create_task(engine.load())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not children():
             await asyncio.sleep(0.005)
     await engine.aclose()

@@ -100,7 +100,7 @@ async def test_a_reader_that_is_cut_is_told_where_to_go_on() -> None:
 
 async def test_a_reader_that_does_not_read_is_cut_and_one_that_leaves_is_forgotten() -> None:
     parts = Parts(write_timeout_s=0.2)
-    async with talking(parts) as http, asyncio.timeout(30):
+    async with talking(parts) as http, asyncio.timeout(60):
         task_id = await submitted(http)
         socket = await http.ws_connect(at(task_id))
         transport = socket._conn.transport  # type: ignore[union-attr]

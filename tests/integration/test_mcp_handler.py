@@ -48,7 +48,7 @@ from ai_agent_server.errors import (
 from tests.servers.nats import NatsServer, a_nats_server
 from tests.servers.orchestration_double import OrchestrationDouble
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 PACKET: dict[str, Any] = {"profile": "developer", "role": "planner", "payload": {"task": "add two numbers"}}
 
 

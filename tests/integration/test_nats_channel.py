@@ -15,7 +15,7 @@ from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.errors import ChannelError
 from tests.servers.nats import NatsServer, a_nats_server
 
-WAIT_S = 40.0
+WAIT_S = 60.0
 
 
 async def until(condition: Callable[[], bool]) -> None:

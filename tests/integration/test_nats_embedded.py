@@ -17,7 +17,7 @@ from ai_agent_server.channels.base import FEEDBACK
 from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.errors import ChannelError
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 PARENT = """
 import asyncio, sys

@@ -32,7 +32,7 @@ from tests.conformance.test_task_store import NOW, accepted, packet
 from tests.servers.nats import NatsServer, a_nats_server
 from tests.servers.shared_store import SharedStore
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 @pytest.fixture

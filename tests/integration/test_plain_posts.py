@@ -138,7 +138,7 @@ async def test_without_keep_alive_each_has_its_own_connection() -> None:
 async def test_what_the_server_closes_is_not_asked_again() -> None:
     async with answering(WHOLE, closes=True) as server, posts(server.url) as asked:
         assert await whole(asked) == b"ok"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while asked._idle:
                 await asyncio.sleep(0.01)
         assert await whole(asked) == b"ok"

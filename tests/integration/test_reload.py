@@ -22,7 +22,7 @@ from ai_agent_server.tasks_state.base import StoreHealth
 from ai_agent_server.tasks_state.memory_store import MemoryStore
 from tests.servers.api import serving
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Configuration:

@@ -237,7 +237,7 @@ async def test_kills_while_archiving_lose_and_double_no_task(tmp_path: Path) -> 
             "--max-tasks", "0", "--state-dir", str(tmp_path),
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while child.returncode is None and sum(month.tasks for month in archive.months()) < kill_at:
                 await asyncio.sleep(0.002)
         if child.returncode is None:
@@ -262,7 +262,7 @@ async def test_a_server_archives_by_its_configuration_and_answers_410(tmp_path: 
     await store.aclose()
     config = write_config(tmp_path, store={"retention": {"max_age_days": 30}}, messaging={"enabled": False})
     async with ServerProcess(state, config) as server, server.http() as http:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (answer := await http.get(f"/api/v1/tasks/{old}")).status_code == 200:
                 await asyncio.sleep(0.05)
         assert answer.status_code == 410

@@ -17,7 +17,7 @@ from tests.servers.process import ServerProcess, scripted, write_config
 
 SECRET = "a secret of some length"
 ENDS = ("task.completed", "task.failed", "task.canceled", "task.rejected")
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Receiver:

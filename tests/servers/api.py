@@ -143,7 +143,7 @@ async def serving(app: Litestar | EventSockets) -> AsyncIterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, ws="wsproto", log_config=None, timeout_graceful_shutdown=5))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not server.started:
                 await asyncio.sleep(0.01)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

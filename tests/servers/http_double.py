@@ -86,12 +86,12 @@ class HTTPDouble:
 
     async def until_hung_up(self, times: int = 1) -> None:
         """Wait until so many clients closed during an answer, and none is being written."""
-        async with self._changed, asyncio.timeout(10):
+        async with self._changed, asyncio.timeout(60):
             await self._changed.wait_for(lambda: self.hung_up >= times and self.writing == 0)
 
     async def until_writing(self, answers: int = 1) -> None:
         """Wait until so many answers are being written."""
-        async with self._changed, asyncio.timeout(10):
+        async with self._changed, asyncio.timeout(60):
             await self._changed.wait_for(lambda: self.writing >= answers)
 
     async def answer(self, request: Request, out: "Out") -> None:

@@ -34,7 +34,7 @@ class OtlpDouble:
 
     async def until(self, spans: int) -> None:
         """Until so many have come."""
-        async with self._changed, asyncio.timeout(30):
+        async with self._changed, asyncio.timeout(60):
             await self._changed.wait_for(lambda: len(self.spans) >= spans)
 
     async def __aenter__(self) -> Self:

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import httpx
 
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 60.0
 
 PROGRAM = (sys.executable, "-m", "ai_agent_server")
 

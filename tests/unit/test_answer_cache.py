@@ -27,7 +27,7 @@ from ai_agent_server.load_balancer.base import Sent
 
 USING = Caller(key="laptop", cache="use")
 REFRESHING = Caller(key="laptop", cache="refresh")
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Engine:

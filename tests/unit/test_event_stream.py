@@ -36,7 +36,7 @@ async def test_a_client_that_left_before_it_was_watched_ends_the_work_all_the_sa
         return {"type": "http.disconnect"}
 
     with pytest.raises(ClientLeftError):
-        async with asyncio.timeout(30), WhileConnected(receive):
+        async with asyncio.timeout(60), WhileConnected(receive):
             await asyncio.Event().wait()
 
 

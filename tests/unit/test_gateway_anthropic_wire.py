@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ai_agent_server.core.chat import (
@@ -24,7 +24,6 @@ from ai_agent_server.errors import EngineProtocolError, InvalidPacketError, Malf
 from ai_agent_server.gateway import _anthropic_wire as wire
 
 PNG = "iVBORw0KGgo="
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def body(*turns: Any, **rest: Any) -> dict[str, Any]:
@@ -520,7 +519,6 @@ def test_what_only_looked_like_a_stop_sequence_is_told() -> None:
     assert message.stop_reason == "end_turn"
 
 
-@unhurried
 @given(
     st.text("ab", max_size=30),
     st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
@@ -555,7 +553,6 @@ def test_an_error_in_a_stream_is_an_event() -> None:
     }
 
 
-@unhurried
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_are_refused_as_a_mistake(raw: bytes) -> None:
     with pytest.raises(InvalidPacketError):
@@ -583,7 +580,6 @@ turns = st.fixed_dictionaries(
 )
 
 
-@unhurried
 @given(
     st.lists(turns, min_size=1, max_size=3),
     st.dictionaries(st.sampled_from(["system", "tools", "tool_choice", "output_config"]), anything),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ai_agent_server.config.settings import Allowance
@@ -256,7 +256,7 @@ asks = st.lists(
 """Seconds since the last, tokens wanted, seconds until it is settled, which part of them was used."""
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(asks=asks, window_s=st.sampled_from([1.0, 30.0, 60.0, 3600.0]), allowed=st.integers(1, 100))
 def test_no_stretch_of_a_window_ever_holds_more_than_is_allowed(
     asks: list[tuple[float, int, float, float]], window_s: float, allowed: int
@@ -303,7 +303,7 @@ def most_in_a_window(used: Iterable[tuple[float, int]], window_s: float) -> int:
     )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(times=st.lists(ticks(5), max_size=80), allowed=st.integers(1, 20))
 def test_who_comes_again_when_he_was_told_to_is_let_in(times: list[float], allowed: int) -> None:
     shares = (Share("key:a", (Bound("requests", 60.0, allowed),)),)
@@ -318,7 +318,7 @@ def test_who_comes_again_when_he_was_told_to_is_let_in(times: list[float], allow
             taken(one(limiter, now_s, shares))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100)
 @given(
     amounts=st.lists(st.tuples(st.floats(0, 3, allow_nan=False), st.floats(0, 1)), max_size=50),
 )

@@ -494,7 +494,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6), st.booleans())
 def test_any_body_is_a_request_or_refused(body: dict[str, Any], has_model: bool) -> None:
     body = {"model": "m", "input": "x", **body} if has_model else body
@@ -506,14 +506,14 @@ def test_any_body_is_a_request_or_refused(body: dict[str, Any], has_model: bool)
         assert found.request.messages
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_request_or_refused(raw: bytes) -> None:
     with contextlib.suppress(InvalidPacketError):
         translate(decode(raw))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     st.lists(
         st.builds(

@@ -23,7 +23,7 @@ TENSORS = (
     Tensor(name="token_embd.weight", shape=(64, 10), kind=8),
     Tensor(name="blk.0.attn_q.weight", shape=(64, 64), kind=3),
 )
-SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+SUPPRESSED = [HealthCheck.function_scoped_fixture]
 INT32, FLOAT32, BOOL, UINT64 = 5, 6, 7, 10
 
 
@@ -150,7 +150,7 @@ def test_an_alignment_that_cannot_be_is_refused(tmp_path: Path) -> None:
     assert "general.alignment" in refused(tmp_path / "odd.gguf", odd.header())
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=SUPPRESSED)
+@settings(max_examples=300, suppress_health_check=SUPPRESSED)
 @given(st.binary(max_size=400), st.booleans())
 def test_any_bytes_are_a_header_or_an_error(tmp_path: Path, raw: bytes, begins_well: bool) -> None:
     path = tmp_path / "any.gguf"
@@ -158,7 +158,7 @@ def test_any_bytes_are_a_header_or_an_error(tmp_path: Path, raw: bytes, begins_w
     read_or_refused(path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=SUPPRESSED)
+@settings(max_examples=300, suppress_health_check=SUPPRESSED)
 @given(st.data())
 def test_a_damaged_header_is_a_header_or_an_error(tmp_path: Path, data: st.DataObject) -> None:
     raw = bytearray(SMALL.header() + bytes(704 + 2560))

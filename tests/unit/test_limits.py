@@ -243,7 +243,7 @@ def test_whatever_the_agents_do_the_task_ends_inside_its_limits_with_its_best_wo
     assert len({packet.reason for packet in packets}) > 4, "these agents met too few of the ways to end"
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.sampled_from(tuple(KINDS)), st.integers(RUNS))
 def test_other_tasks_each_time_end_as_well(kind: str, seed: int) -> None:
     ended(kind, seed)

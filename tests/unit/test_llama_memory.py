@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ai_agent_server.llm_engines.local._gguf_header import Header, Tensor, Value
@@ -173,7 +173,6 @@ NUMBER = st.integers(-(2**63), 2**64) | st.integers(0, 100) | st.booleans() | st
 VALUE = NUMBER | st.just("many") | st.tuples(NUMBER, NUMBER)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.fixed_dictionaries(
         {},

@@ -36,7 +36,7 @@ async def test_who_comes_from_a_server_that_knew_more_is_told_nothing_twice() ->
     while not readers._of:
         await asyncio.sleep(0)
     readers.tell("t", WHOLE.history[2:])
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await following
     assert seen == [5]
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from bench.gpu_queue.simulator import World, ours, simulate
 from bench.gpu_queue.traces import Job, SimulatedModel, Trace
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ai_agent_server.core.chat import Urgency
@@ -44,7 +44,6 @@ from ai_agent_server.load_balancer.scheduler import (
     Unloaded,
 )
 
-SLOW_MACHINE = [HealthCheck.too_slow]
 MB = {"a": 9000.0, "b": 9000.0, "c": 4000.0}
 
 
@@ -712,7 +711,7 @@ def traces(draw: st.DrawFn) -> Trace:
     return Trace(name="random", title="", models=models, jobs=jobs, external_mb=tuple(external))
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=250)
 @given(traces(), st.floats(min_value=1, max_value=120), st.floats(min_value=0, max_value=4))
 def test_no_load_outruns_the_memory_and_every_request_ends(
     trace: Trace, max_wait_s: float, turn_loads: float
@@ -817,7 +816,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=150)
 @given(cases, st.sampled_from(("interactive", "batch")))
 def test_under_endless_requests_for_a_one_for_b_starts_within_its_time_a_drain_and_a_load(
     case: Case, urgency: Urgency
@@ -828,7 +827,7 @@ def test_under_endless_requests_for_a_one_for_b_starts_within_its_time_a_drain_a
     assert case.wait_for_b("a", urgency) <= bound_s + 1e-6
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=60)
 @given(cases, st.sampled_from(("ac", "acd")))
 def test_among_many_overloaded_models_each_other_has_one_turn_before(case: Case, crowd: str) -> None:
     turn_s = case.turn_loads * case.load_s + case.swap_s
@@ -836,7 +835,7 @@ def test_among_many_overloaded_models_each_other_has_one_turn_before(case: Case,
     assert case.wait_for_b(crowd, "interactive") <= bound_s + 1e-6
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=30)
 @given(
     slots=st.integers(1, 3),
     seed=st.integers(0, 2**32),
@@ -959,7 +958,7 @@ class Auditor:
             self.tell(Tick(), 5)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(anything, st.floats(0, 100)), max_size=80), st.integers(1, 3))
 def test_whatever_it_is_told_it_keeps_to_slots_and_memory_and_forgets_nobody(
     story: list[tuple[Event, float]], slots: int
@@ -1034,7 +1033,7 @@ class Engines:
                         self.tell(Loaded(llm=name))
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=SLOW_MACHINE)
+@settings(max_examples=80)
 @given(
     st.lists(
         st.tuples(

@@ -134,9 +134,11 @@ async def _converse(
     async with asyncio.TaskGroup() as group:
         stdout = group.create_task(_read_at_most(answer, most))
         stderr = group.create_task(_read_at_most(errors, _ERRORS_BYTES))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            to.write(text)
-            await to.drain()
+        # A helper that ended at once may have closed its pipe by now; then its errors say why.
+        if not to.is_closing():
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                to.write(text)
+                await to.drain()
     said = stdout.result()
     if not said.startswith(READY):
         last = stderr.result().decode("utf-8", "replace").strip()
