@@ -53,6 +53,7 @@ SMALL = GGUF(
     },
     tensors=TENSORS,
 )
+FEW = {key: value for key, value in SMALL.metadata.items() if len(value) < 100}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,11 @@ def test_a_header_gives_its_settings_lengths_and_tensors(tmp_path: Path) -> None
         ("blk.0.attn_q.weight", (64, 64), 3, 2560),
     ]
     assert header.data_bytes == 704 + 2560
+
+
+def test_a_vocabulary_alone_has_no_tensors(tmp_path: Path) -> None:
+    header = read_header(msgspec.structs.replace(SMALL, tensors=()).write(tmp_path / "vocabulary.gguf"))
+    assert (header.tensors, header.data_bytes) == ((), 0)
 
 
 def test_long_strings_and_arrays_are_passed_over(tmp_path: Path) -> None:
@@ -161,8 +167,10 @@ def test_any_bytes_are_a_header_or_an_error(tmp_path: Path, raw: bytes, begins_w
 @settings(max_examples=300, suppress_health_check=SUPPRESSED)
 @given(st.data())
 def test_a_damaged_header_is_a_header_or_an_error(tmp_path: Path, data: st.DataObject) -> None:
-    raw = bytearray(SMALL.header() + bytes(704 + 2560))
-    for at in data.draw(st.lists(st.integers(8, len(SMALL.header()) - 1), max_size=8)):
+    kept = data.draw(st.sampled_from([(), TENSORS[:1], TENSORS]))
+    header = msgspec.structs.replace(SMALL, metadata=FEW, tensors=kept).header()
+    raw = bytearray(header + bytes(704 + 2560))
+    for at in data.draw(st.lists(st.integers(8, len(header) - 1), max_size=8)):
         raw[at] = data.draw(st.integers(0, 255))
     path = tmp_path / "damaged.gguf"
     path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])

@@ -185,8 +185,8 @@ def _scalar(kind: int) -> str:
 def _sized(entries: list[tuple[int, str, tuple[int, ...], int]], data_bytes: int) -> tuple[Tensor, ...]:
     """The tensors in the order of the data. Sizes by place, so that a new kind of weights needs no table."""
     entries.sort()
-    ends = [entry[0] for entry in entries[1:]] + [data_bytes]
+    places = [at for at, *_ in entries]
     return tuple(
         Tensor(name=name, shape=shape, kind=kind, size_bytes=max(0, min(end, data_bytes) - at))
-        for (at, name, shape, kind), end in zip(entries, ends, strict=True)
+        for (at, name, shape, kind), end in zip(entries, [*places[1:], data_bytes], strict=False)
     )
