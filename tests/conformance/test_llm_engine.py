@@ -44,6 +44,7 @@ from ai_agent_server.errors import (
     ModelNotFoundError,
 )
 from ai_agent_server.llm_engines.base import (
+    CountingEngine,
     EmbeddingEngine,
     EngineSpec,
     EngineTimeouts,
@@ -511,6 +512,54 @@ async def test_closing_the_engine_ends_its_streams_with_an_engine_error(rig: Rig
 
 
 EMBED_FAULTS = frozenset(FAULTS) - {"stall", "unfinished", "error_in_stream", "ok_then_error", "overflow"}
+COUNTS = sorted(kind for kind in RIGS if hasattr(implementation(llm_engines, kind), "count"))
+COUNT_FAULTS = frozenset({"refused", "reset", "silent", "busy", "auth", "failed"})
+
+
+async def count(engine: LLMEngine, request: ChatRequest) -> int | None:
+    """The prompt's tokens, within a bound."""
+    assert isinstance(engine, CountingEngine)
+    async with asyncio.timeout(60):
+        return await engine.count(request)
+
+
+@pytest.mark.parametrize("rig", COUNTS, indirect=True)
+@pytest.mark.parametrize("tools", [(), (WEATHER,)])
+async def test_a_prompt_is_counted_as_its_answer_counts_it(rig: Rig, tools: tuple[Tool, ...]) -> None:
+    engine = rig.engine()
+    request = ask("Was kostet die Fahrt nach München? 0123456789", tools=tools, max_tokens=4)
+    reply = await whole(engine, request)
+    assert await count(engine, request) == reply.usage.input_tokens
+
+
+@pytest.mark.parametrize("rig", [LlamaCppRig.kind], indirect=True)
+async def test_a_prompt_is_counted_without_loading_the_embedded_model(rig: Rig) -> None:
+    engine = rig.build({}, model=LlamaCppRig.MODEL)
+    assert await count(engine, ask("Hello.")) is None
+    assert (await engine.models())[0].residency == "unloaded"
+
+
+@pytest.mark.parametrize("rig", [LlamaServerRig.kind], indirect=True)
+async def test_a_prompt_is_counted_without_having_a_router_load(rig: LlamaServerRig) -> None:
+    assert isinstance(rig.double, LlamaServerDouble)
+    rig.double.router = {"double-1": "unloaded"}
+    assert await count(rig.engine(), ask("Hello.")) is None
+    assert rig.double.router == {"double-1": "unloaded"}
+
+
+@pytest.mark.parametrize(
+    ("rig", "fault"),
+    [(kind, fault) for kind in COUNTS if kind in SERVED for fault in sorted(COUNT_FAULTS)],
+    indirect=["rig"],
+)
+async def test_a_fault_of_a_count_becomes_the_error_that_it_means(rig: Rig, fault: str) -> None:
+    engine = rig.failing(fault, EngineTimeouts(connect_s=0.5))
+    with pytest.raises(EngineError) as caught:
+        await count(engine, ask("Hello."))
+    assert type(caught.value) is FAULTS[fault]
+    assert KEY not in f"{caught.value!r} {caught.value} {engine!r} {vars(caught.value)}"
+
+
 EMBEDS = sorted(kind for kind in RIGS if hasattr(implementation(llm_engines, kind), "embed"))
 FAILING_EMBEDS = [
     (kind, fault)

@@ -51,13 +51,17 @@ class LlamaServerDouble(OpenAIDouble):
         await out.whole(200, {"success": True})
 
     async def other(self, request: Request, out: Out) -> None:
-        """`/props` and `/health`."""
+        """`/props`, `/health`, the count of a prompt, and what a router is told."""
         if self.router and request.path in {"/models/load", "/models/unload"}:
             if not await self.refuse(out):
                 await self._told(request, out)
         elif request.path.partition("?")[0] == "/props":
             caps = {"supports_tools": self.knows_tools, "supports_system_role": True}
             await out.whole(200, {"total_slots": 1, "chat_template_caps": caps})
+        elif request.path == "/v1/chat/completions/input_tokens":
+            if not await self.refuse(out):
+                counted = {"input_tokens": self.prompt_tokens, "object": "response.input_tokens"}
+                await out.whole(200, counted)
         elif request.path == "/health":
             await out.whole(200, {"status": "ok"})
         else:

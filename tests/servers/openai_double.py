@@ -14,6 +14,8 @@ class OpenAIDouble(HTTPDouble):
 
     knows_tools = True
     knows_base64 = True
+    prompt_tokens = 11
+    """Whatever is asked."""
 
     async def answer(self, request: Request, out: Out) -> None:
         """Answer one request."""
@@ -95,9 +97,9 @@ class OpenAIDouble(HTTPDouble):
         await self._send(out, self.event([{"index": 0, "delta": {}, "finish_reason": finish}], None, model))
         if body.get("stream_options", {}).get("include_usage"):
             usage = {
-                "prompt_tokens": 11,
+                "prompt_tokens": self.prompt_tokens,
                 "completion_tokens": len(deltas),
-                "total_tokens": 11 + len(deltas),
+                "total_tokens": self.prompt_tokens + len(deltas),
             }
             await self._send(out, self.event([], usage, model))
         await out.piece(b"data: [DONE]\n\n")

@@ -22,8 +22,14 @@ class VLLMDouble(OpenAIDouble):
         self.emptied = False
 
     async def other(self, request: Request, out: Out) -> None:
-        """The development paths."""
+        """The tokenizer, and the development paths."""
         path, _, query = request.path.partition("?")
+        if path == "/tokenize":
+            if not await self.refuse(out):
+                tokens = list(range(self.prompt_tokens))
+                counted = {"count": len(tokens), "max_model_len": 8192, "tokens": tokens}
+                await out.whole(200, counted)
+            return
         match request.method, path:
             case _ if not self.development or await self.refuse(out):
                 await out.whole(404, {"detail": "Not Found"})

@@ -96,11 +96,11 @@ class AnthropicApi:
         )
 
     async def count_tokens(self, request: AnyRequest) -> Response[bytes]:
-        """About how many tokens the prompt has."""
+        """How many tokens the prompt has, about where the LLM cannot count."""
         draft = wire.decode_token_count(await self._body(request))
-        self._serving.route(draft.model)
-        count = wire.TokenCount(input_tokens=estimate.input_tokens(wire.chat_request(draft)))
-        return Response(msgspec.json.encode(count), media_type=JSON)
+        asked, caller = wire.chat_request(draft), caller_of(request.scope)
+        tokens = await self._serving.count(draft.model, asked, caller)
+        return Response(msgspec.json.encode(wire.TokenCount(input_tokens=tokens)), media_type=JSON)
 
     async def knock(self) -> None:
         """Claude Code looks whether somebody is there before it speaks."""
@@ -156,15 +156,16 @@ def operations() -> tuple[Operation, ...]:
             path=f"{PATH}/count_tokens",
             id="countTokens",
             tag="llms",
-            summary="About how many tokens a conversation has, in Anthropic's form",
-            about="Estimated, without asking the LLM.",
+            summary="How many tokens a conversation has, in Anthropic's form",
+            about="Counted by the LLM that `model` leads to where its engine can (llama.cpp with the model "
+            "in memory, vLLM), else estimated.",
             query=None,
             body=wire.TokenCountDraft,
             body_example=asked,
             answers=(
                 Answer(
                     status=200,
-                    about="The estimate.",
+                    about="The number.",
                     kind=wire.TokenCount,
                     example=wire.TokenCount(input_tokens=19),
                 ),

@@ -24,7 +24,7 @@ from ai_agent_server.gateway._errors import wire_error
 from ai_agent_server.gateway._pump import Pump
 from ai_agent_server.gateway.answer_cache import AnswerCache, Reading
 from ai_agent_server.gateway.caller import Accounts, Caller, Hold
-from ai_agent_server.gateway.tiers import TierChoice, choose
+from ai_agent_server.gateway.tiers import TierChoice, choose, is_doubtful
 from ai_agent_server.llm_engines.base import JoinedStream
 from ai_agent_server.load_balancer import estimate
 from ai_agent_server.load_balancer.base import BalancedLLM, Source
@@ -159,7 +159,7 @@ class Serving:
 
         An error that comes within that second is raised; a later one comes out of `Opened.deltas`.
         """
-        exchange = self._begin(
+        exchange = await self._begin(
             model,
             request,
             caller,
@@ -188,7 +188,7 @@ class Serving:
         idempotency_key: str | None = None,
     ) -> Whole:
         """The whole answer. Streamed from the engine all the same: to be cancelled frees its slot at once."""
-        exchange = self._begin(
+        exchange = await self._begin(
             model,
             request,
             caller,
@@ -207,13 +207,33 @@ class Serving:
             headers=exchange.headers(),
         )
 
+    async def count(self, model: str, request: ChatRequest, caller: Caller) -> int:
+        """The prompt's tokens: by the LLM that `model` would lead to where it can count, else estimated.
+
+        Raises `UnknownLLMError`.
+        """
+        route = self.route(model, caller)
+        estimated = estimate.input_tokens(request)
+        if route.kind == "role":
+            return estimated
+        caller = self._accounts.placed(caller, request)
+        choice = choose(
+            request,
+            input_tokens=estimated,
+            asked=route.tier if route.kind == "tier" else None,
+            llm_tier=route.tier if route.kind == "llm" else None,
+            settings=self._settings().gateway.tiers,
+        )
+        counted = await self._llm.count(_routed(request, route, choice, caller, named_tier=None))
+        return estimated if counted is None else counted
+
     def now_s(self) -> float:
         """The clock that `started_s` is on."""
         return self._clock()
 
     # One request
 
-    def _begin(
+    async def _begin(
         self,
         model: str,
         request: ChatRequest,
@@ -232,12 +252,17 @@ class Serving:
             raise ScopeError(f"this key may not use {route.model!r}")
         caller = self._accounts.placed(caller, request)
         input_tokens = estimate.input_tokens(request)
+        limits = self._settings().gateway.tiers
+        if route.kind == "auto" and tier is None and is_doubtful(request, input_tokens, limits):
+            small = TierChoice(tier="small", reason="", max_tokens=request.max_tokens)
+            asked = _routed(request, route, small, caller, named_tier=None)
+            input_tokens = await self._llm.count(asked) or input_tokens
         choice = choose(
             request,
             input_tokens=input_tokens,
             asked=tier or (route.tier if route.kind == "tier" else None),
             llm_tier=route.tier if route.kind == "llm" else None,
-            settings=self._settings().gateway.tiers,
+            settings=limits,
         )
         exchange = Exchange(
             request_id=self._new_id(),

@@ -4,8 +4,9 @@ import msgspec
 
 from ai_agent_server.config.settings import TiersSettings
 from ai_agent_server.core.chat import ChatRequest, Tier
+from ai_agent_server.load_balancer import estimate
 
-__all__ = ("TierChoice", "choose")
+__all__ = ("TierChoice", "choose", "is_doubtful")
 
 
 class TierChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,7 +26,7 @@ def choose(
     llm_tier: Tier | None,
     settings: TiersSettings,
 ) -> TierChoice:
-    """The tier of `request`, whose prompt is estimated at `input_tokens`.
+    """The tier of `request`, whose prompt has about `input_tokens`.
 
     `asked` is what the client wants (`X-Tier`, or a tier as the model). Without it a request that names
     an LLM is of that LLM's tier, `llm_tier`, and no limit is put on it: who names an LLM knows what it
@@ -37,6 +38,13 @@ def choose(
         return TierChoice(tier=llm_tier, reason="the LLM's", max_tokens=request.max_tokens)
     why = _why_main(request, input_tokens, settings)
     return _within(request, "main" if why else "small", why or "a quick job", settings)
+
+
+def is_doubtful(request: ChatRequest, input_tokens: int, settings: TiersSettings) -> bool:
+    """Whether the tier of a request that asks for none hangs on how well its prompt was estimated."""
+    return estimate.is_doubtful(input_tokens, settings.small.max_input_tokens) and not _why_main(
+        request, 0, settings
+    )
 
 
 def _why_main(request: ChatRequest, input_tokens: int, settings: TiersSettings) -> str:

@@ -9,6 +9,7 @@ import msgspec
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, JSONObject
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import EngineRequestError
+from ai_agent_server.llm_engines import _openai_wire as wire
 from ai_agent_server.llm_engines import _tools_by_schema as tools_by_schema
 from ai_agent_server.llm_engines._server_http import ServerHTTP
 from ai_agent_server.llm_engines.base import EngineTimeouts
@@ -20,6 +21,10 @@ class _Capabilities(msgspec.Struct, frozen=True):
 
 class _Props(msgspec.Struct, frozen=True):
     chat_template_caps: _Capabilities = _Capabilities()
+
+
+class _Counted(msgspec.Struct, frozen=True):
+    input_tokens: int
 
 
 class LlamaHTTP(ServerHTTP):
@@ -44,7 +49,7 @@ class LlamaHTTP(ServerHTTP):
         is held to a call by a grammar; its answer then comes in one piece.
         """
         plain, extra = super().stream, {**extra, "return_progress": True}
-        if request.tools and request.tool_choice != "none" and not await self._has_tools(model):
+        if await self._asks_in_words(request, model):
             deltas = tools_by_schema.stream(
                 request, lambda asked: plain(asked, model, extra), engine=self._engine
             )
@@ -54,11 +59,23 @@ class LlamaHTTP(ServerHTTP):
             async for delta in deltas:
                 yield delta
 
+    async def count(self, request: ChatRequest, model: str) -> int:
+        """The prompt's tokens, as the model's template makes it. A llama-server of before 2026 cannot tell
+        them: `EngineRequestError`."""
+        if await self._asks_in_words(request, model):
+            request = tools_by_schema.without_tools(request)
+        body = wire.payload(request, model, max_tokens_field="max_tokens")
+        return (await self.ask("/v1/chat/completions/input_tokens", body, _Counted)).input_tokens
+
     async def embed(self, request: EmbeddingRequest, model: str) -> EmbeddingReply:
         """The vectors of the inputs. llama.cpp cannot shorten them."""
         if request.dimensions is not None:
             raise EngineRequestError("llama.cpp cannot shorten its vectors", engine=self._engine)
         return await super().embed(request, model)
+
+    async def _asks_in_words(self, request: ChatRequest, model: str) -> bool:
+        """Whether the model has to be told of its tools by the prompt."""
+        return bool(request.tools) and request.tool_choice != "none" and not await self._has_tools(model)
 
     async def _has_tools(self, model: str) -> bool:
         if self._template_has_tools is None:

@@ -86,6 +86,11 @@ class ServerHTTP:
         if response.status_code != httpx.codes.OK:
             raise self._refused(response, response.content)
 
+    async def ask(self, path: str, body: JSONObject, shape: type[T]) -> T:
+        """What a POST of `body` to `path` answers, within the connect time-out. Never touches a model."""
+        response = await self._ask("POST", path, body, self._timeouts.connect_s)
+        return self._decoded(response, path, shape)
+
     async def _ask(self, method: str, path: str, body: JSONObject | None, within_s: float) -> httpx.Response:
         pace = Pace(msgspec.structs.replace(self._timeouts, first_token_s=within_s), self._engine)
         with self._translated(connecting=True):

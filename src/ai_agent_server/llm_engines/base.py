@@ -109,6 +109,19 @@ class EmbeddingEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class CountingEngine(Protocol):
+    """What an engine can do beside, where its server counts tokens without answering."""
+
+    async def count(self, request: ChatRequest) -> int | None:
+        """The prompt's tokens as the model reads them, what its chat template adds included.
+
+        None where that takes the model in memory and it is not there: nothing is loaded for it. Only
+        `EngineError`s escape.
+        """
+        ...
+
+
 class JoinedStream:
     """Joins deltas to a `ChatReply`; the one place that knows how. Its fields are what is known so far."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Literal
 
@@ -22,7 +22,7 @@ from ai_agent_server.errors import (
     ModelNotFoundError,
     UnknownLLMError,
 )
-from ai_agent_server.llm_engines.base import EmbeddingEngine, ModelCard
+from ai_agent_server.llm_engines.base import CountingEngine, EmbeddingEngine, ModelCard
 from ai_agent_server.load_balancer import circuit, estimate
 from ai_agent_server.load_balancer.accelerator import AcceleratorQueue
 from ai_agent_server.load_balancer.admission import Admission, Journey, Lease
@@ -43,6 +43,8 @@ __all__ = ("BalancedEngine", "Member")
 log = structlog.get_logger(__name__)
 
 RESIDENCY_TIMEOUT_S = 2.0
+COUNT_TIMEOUT_S = 0.5
+"""After this the estimate has to do."""
 A_WAIT_S = 0.001
 """What is shorter was no wait."""
 
@@ -119,7 +121,11 @@ class BalancedEngine:
         self, request: ChatRequest, *, sent: Sent | None = None
     ) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request`; the first delta says which LLM does, and why."""
-        journey, began_s = Journey(wanted=self.requirements(request)), self._clock()
+        wanted, began_s = self.requirements(request), self._clock()
+        doubtful = self._doubtful(wanted)
+        if doubtful:
+            wanted = msgspec.structs.replace(wanted, counted=await self._counts(request, doubtful))
+        journey = Journey(wanted=wanted)
         while True:
             async with self._attempt(journey) as lease:
                 queued_s = lease.started_s - began_s if lease.waited_s or journey.attempts else 0.0
@@ -193,6 +199,14 @@ class BalancedEngine:
     def requirements(self, request: ChatRequest) -> Requirements:
         """What `request` asks of an LLM; tokens are estimated."""
         return estimate.requirements(request)
+
+    async def count(self, request: ChatRequest) -> int | None:
+        """The prompt's tokens by the LLM that would serve `request` if it had room for any; None where that
+        one cannot tell them soon."""
+        chosen = self.explain(_of_any_length(self.requirements(request))).chosen
+        if chosen is None:
+            return None
+        return (await self._counts(request, (self._named(chosen),))).get(chosen)
 
     def views(self) -> tuple[LLMView, ...]:
         """Every configured LLM as it stands now."""
@@ -293,6 +307,43 @@ class BalancedEngine:
         async with asyncio.TaskGroup() as group:
             for queue in self._queues.values():
                 group.create_task(queue.look_outside())
+
+    # The prompt's length
+
+    def _doubtful(self, wanted: Requirements) -> tuple[Standing, ...]:
+        """The LLMs that may serve, and whose context the prompt may fit or not for all that is estimated."""
+        near = [
+            standing
+            for standing in self._admission.standings.values()
+            if estimate.is_doubtful(wanted.input_tokens, standing.settings.context - _room(wanted))
+        ]
+        if not near:
+            return ()
+        candidates = self.explain(_of_any_length(wanted)).candidates
+        allowed = {candidate.llm for candidate in candidates if candidate.refused_by is None}
+        return tuple(standing for standing in near if standing.name in allowed)
+
+    async def _counts(self, request: ChatRequest, standings: tuple[Standing, ...]) -> dict[str, int]:
+        """LLM -> the prompt's tokens, of those that can count them and do so at once."""
+        counts: dict[str, int] = {}
+
+        async def ask(name: str, engine: CountingEngine) -> None:
+            try:
+                tokens = await engine.count(request)
+            except EngineError as exc:
+                log.info("llm.not_counted", llm=name, why=type(exc).__name__)
+            else:
+                if tokens is not None:
+                    counts[name] = tokens
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(COUNT_TIMEOUT_S), asyncio.TaskGroup() as group:
+                for standing in standings:
+                    engine = standing.held.engine
+                    # Nobody else is told a prompt that may never come to them.
+                    if standing.settings.source == "local" and isinstance(engine, CountingEngine):
+                        group.create_task(ask(standing.name, engine))
+        return counts
 
     # One attempt
 
@@ -604,6 +655,15 @@ def _clear(standing: Standing) -> None:
     if standing.accelerator is not None:
         standing.accelerator.recall(standing.name)
         standing.accelerator.dismiss(standing.name)
+
+
+def _room(wanted: Requirements) -> int:
+    """What of a context is for the answer."""
+    return min(wanted.output_tokens, estimate.OUTPUT_TOKENS)
+
+
+def _of_any_length(wanted: Requirements) -> Requirements:
+    return msgspec.structs.replace(wanted, input_tokens=0, output_tokens=0)
 
 
 def _is_the_askers(error: EngineError) -> bool:

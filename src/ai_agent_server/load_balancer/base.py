@@ -59,6 +59,8 @@ class Requirements(msgspec.Struct, frozen=True, kw_only=True):
     needs: frozenset[Capability] = frozenset({"chat"})
     input_tokens: int = 0
     """Estimated tokens of the prompt."""
+    counted: dict[str, int] = {}
+    """LLM -> the prompt's tokens as it counted them itself."""
     output_tokens: int = 256
     """The most that may be written."""
     max_cost_usd: float | None = None
@@ -150,4 +152,8 @@ class BalancedLLM(Protocol):
 
     def stream(self, request: ChatRequest, *, sent: Sent | None = None) -> AsyncGenerator[ChatDelta, None]:
         """See `LLMEngine.stream`."""
+        ...
+
+    async def count(self, request: ChatRequest) -> int | None:
+        """The prompt's tokens by the LLM that would serve `request`; None where it cannot tell them soon."""
         ...

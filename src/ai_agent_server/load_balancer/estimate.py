@@ -12,6 +12,9 @@ from ai_agent_server.load_balancer.base import LLMView, Requirements
 BYTES_PER_TOKEN = 3.5
 """English prose has about 4.2 UTF-8 bytes a token and code about 3; Chinese, 3 bytes a character, lands
 near one token a character. Off by a fifth either way is usual: an engine's own count is the truth."""
+LEAST, MOST = 0.5, 3.0
+"""What a prompt may really have, of its estimate: code with wide indents, and digits, base64 or Chinese for
+a small vocabulary."""
 MESSAGE_TOKENS = 4
 """What a chat template puts around a message."""
 IMAGE_TOKENS = 1000
@@ -42,6 +45,11 @@ def input_tokens(request: ChatRequest) -> int:
     return (
         round(size_bytes / BYTES_PER_TOKEN) + MESSAGE_TOKENS * len(request.messages) + IMAGE_TOKENS * images
     )
+
+
+def is_doubtful(tokens: int, limit: int) -> bool:
+    """Whether so many tokens, estimated, may be on the other side of `limit`."""
+    return LEAST * tokens <= limit < MOST * tokens
 
 
 def text_tokens(text: str) -> int:

@@ -223,9 +223,12 @@ def _context(view: LLMView, asked: Asked) -> str | None:
     # A long max_tokens alone refuses nobody: clients ask for 32000 by habit, and an answer that meets
     # the end of the context says so by its finish_reason.
     wanted = asked.wanted
-    needed = wanted.input_tokens + min(wanted.output_tokens, OUTPUT_TOKENS)
+    counted = wanted.counted.get(view.name)
+    prompt = wanted.input_tokens if counted is None else counted
+    needed = prompt + min(wanted.output_tokens, OUTPUT_TOKENS)
     if needed > view.context_tokens:
-        return f"about {needed} tokens do not fit its context of {view.context_tokens}"
+        about = "about " if counted is None else ""
+        return f"{about}{needed} tokens do not fit its context of {view.context_tokens}"
     return None
 
 

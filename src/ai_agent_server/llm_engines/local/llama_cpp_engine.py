@@ -87,6 +87,14 @@ class LlamaCppEngine:
         async with self._told_of_death(child):
             return await child.http.embed(request, self._spec.model)
 
+    async def count(self, request: ChatRequest) -> int | None:
+        """The prompt's tokens; None while the model is not in memory."""
+        child = self._child
+        if child is None or not child.alive:
+            return None
+        async with self._told_of_death(child):
+            return await child.http.count(request, self._spec.model)
+
     async def models(self) -> tuple[ModelCard, ...]:
         """The configured model. Raises `ModelNotFoundError` when its file is nowhere."""
         found = await self._weigh()

@@ -84,6 +84,12 @@ class LlamaServerEngine:
         """The vectors of the inputs; the server has to be started with `--embeddings`."""
         return await self._http.embed(request, self._spec.model)
 
+    async def count(self, request: ChatRequest) -> int | None:
+        """The prompt's tokens; None where a router does not have the model in memory."""
+        if await self._status() not in {None, "loaded"}:
+            return None
+        return await self._http.count(request, self._spec.model)
+
     async def models(self) -> tuple[ModelCard, ...]:
         """What it serves; a router (several models) also says which of them are in memory."""
         listed = await self._http.get("/v1/models", _Models)

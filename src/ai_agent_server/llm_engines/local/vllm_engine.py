@@ -10,10 +10,15 @@ import msgspec
 from ai_agent_server.core.chat import ChatDelta, ChatRequest, JSONObject
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import EngineRequestError
+from ai_agent_server.llm_engines import _openai_wire as wire
 from ai_agent_server.llm_engines._server_http import ServerHTTP
 from ai_agent_server.llm_engines.base import EngineSpec, ModelCard
 
 __all__ = ("VLLMEngine",)
+
+
+PROMPT_FIELDS = ("model", "messages", "tools", "chat_template_kwargs")
+"""What of a request the prompt is made of."""
 
 
 class _Model(msgspec.Struct, frozen=True):
@@ -27,6 +32,10 @@ class _Models(msgspec.Struct, frozen=True):
 
 class _Sleeping(msgspec.Struct, frozen=True):
     is_sleeping: bool
+
+
+class _Tokenized(msgspec.Struct, frozen=True):
+    count: int
 
 
 class VLLMEngine:
@@ -73,6 +82,13 @@ class VLLMEngine:
         if self._put_to_sleep:
             await self.load()
         return await self._http.embed(request, self._spec.model)
+
+    async def count(self, request: ChatRequest) -> int:
+        """The prompt's tokens, which vLLM knows asleep too."""
+        asked = wire.payload(request, self._spec.model, max_tokens_field="max_tokens")
+        whole = {**asked, **self._options.extra_body}
+        body = {name: whole[name] for name in PROMPT_FIELDS if name in whole}
+        return (await self._http.ask("/tokenize", body, _Tokenized)).count
 
     async def models(self) -> tuple[ModelCard, ...]:
         """What it serves. All of it is in memory unless it sleeps."""
