@@ -205,6 +205,27 @@ async def test_what_begins_no_answer_is_a_lost_connection(answer: bytes) -> None
             await asked.post(b"{}", pace(), {})
 
 
+@pytest.mark.parametrize("banner", [b"", b"SSH-2.0-it\r\n"])
+async def test_a_server_that_accepts_and_closes_at_once_is_a_lost_connection(banner: bytes) -> None:
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(banner)
+
+    server = Server(serve)
+    async with listening(server), posts(server.url) as asked, asyncio.timeout(25):
+        for _ in range(20):
+            with pytest.raises(EngineUnreachableError, match="lost before an answer began"):
+                await asked.post(b"{}", pace(), {})
+
+
+async def test_what_was_lost_before_it_was_asked_is_found_lost() -> None:
+    async with answering(closes=True) as server, posts(server.url) as asked, asyncio.timeout(25):
+        connection = await asked._connected(pace())
+        while not connection._is_lost:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineUnreachableError, match="lost before an answer began"):
+            await connection.ask(b"", pace())
+
+
 async def test_a_reader_that_waits_makes_the_server_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_plain_posts, "AHEAD_BYTES", 1000)
     body = b"x" * 64 * 1024 * 1024

@@ -76,6 +76,10 @@ class PlainPosts:
         for connection in tuple(self._open):
             connection.drop()
 
+    def own(self, connection: "_Connection") -> None:
+        """It is open now."""
+        self._open.add(connection)
+
     def keep(self, connection: "_Connection") -> None:
         """It may serve again."""
         if not self._keep_alive or self.is_closed:
@@ -106,7 +110,6 @@ class PlainPosts:
         if self.is_closed:
             connection.drop()
             raise EngineUnreachableError("the engine was closed", engine=self.engine)
-        self._open.add(connection)
         return connection
 
     def _lines(self, headers: Mapping[str, str]) -> bytes:
@@ -123,6 +126,7 @@ class _Connection(asyncio.Protocol):
         self._posts = posts
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[bool] | None = None
+        self._is_lost = False
         self._renew(is_asked=False)
 
     def _renew(self, *, is_asked: bool) -> None:
@@ -178,6 +182,9 @@ class _Connection(asyncio.Protocol):
     async def ask(self, request: bytes, pace: Pace) -> None:
         """Send `request`, and wait for the head of its answer."""
         self._renew(is_asked=True)
+        if self._is_lost:
+            # Some accept whoever comes and close at once, before the first request is sent.
+            self._fault = ConnectionResetError("closed by the server")
         try:
             self._transport.write(request)
             while not self.status:
@@ -228,6 +235,7 @@ class _Connection(asyncio.Protocol):
         """It is open."""
         # uvloop's is no subclass of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
+        self._posts.own(self)
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
@@ -255,7 +263,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is closed, by whomever."""
-        self._may_serve_again = False
+        self._is_lost, self._may_serve_again = True, False
         self._posts.forget(self)
         if not self._is_whole and self._fault is None:
             is_its_end = exc is None and self.status and not self._says_its_end
