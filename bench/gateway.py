@@ -7,6 +7,7 @@ by turns; a figure is the middle one of several rounds. CPU time a request is to
 that has other work it is the steadier figure.
 """
 
+import argparse
 import asyncio
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -278,17 +279,24 @@ def configuration(folder: Path, upstream_url: str) -> Path:
     return path
 
 
-def _measured(url: str, pid: int, connections: int) -> Load:
-    process = psutil.Process(pid)
-    before = process.cpu_times()
-    found = asyncio.run(load(url, connections, SECONDS))
-    after = process.cpu_times()
-    cpu_s = after.user + after.system - before.user - before.system
-    return msgspec.structs.replace(found, cpu_us=1e6 * cpu_s / found.requests)
+def cpu_s(pid: int) -> float:
+    """The CPU time that a process has had, its threads' together."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
-def main() -> None:
+def _measured(url: str, pid: int, connections: int, seconds: float) -> Load:
+    before_s = cpu_s(pid)
+    found = asyncio.run(load(url, connections, seconds))
+    return msgspec.structs.replace(found, cpu_us=1e6 * (cpu_s(pid) - before_s) / found.requests)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help="of each round")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
+    chosen = parser.parse_args(arguments)
     os.environ["BENCH_KEY"] = KEY
     os.sched_setaffinity(0, {LOAD_CORE})
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
@@ -305,10 +313,10 @@ def main() -> None:
         for url, _ in targets.values():
             warm = asyncio.run(load(url, 4, 1.0))
             assert not warm.failed, f"{url} answers something else than 200"
-        for _ in range(ROUNDS):
+        for _ in range(chosen.rounds):
             for connections in (1, 16, 64):
                 for name, (url, pid) in targets.items():
-                    found = _measured(url, pid, connections)
+                    found = _measured(url, pid, connections, chosen.seconds)
                     print(f"{name} {connections}: {found}", flush=True)
                     rounds.setdefault((name, connections), []).append(found)
         memory_mb = psutil.Process(ours.pid).memory_info().rss / 1e6
@@ -362,5 +370,5 @@ if __name__ == "__main__":
             uvloop.run(upstream(int(port)))
         case ["floor", port, url]:
             floor(int(port), url)
-        case _:
-            main()
+        case arguments:
+            main(arguments)
