@@ -68,8 +68,9 @@ class Seen(msgspec.Struct, kw_only=True):
     """What came of it."""
 
     health_ms: list[float] = msgspec.field(default_factory=list)
+    idle_mb: float = 0.0
     memory_mb: list[tuple[float, float]] = msgspec.field(default_factory=list)
-    """Seconds since the load began, and the server's resident memory then; the first is without load."""
+    """Seconds since the load began, and the server's resident memory then."""
     ended: int = 0
     floods: int = 0
     connected: int = 0
@@ -266,8 +267,7 @@ async def measured(load: Load, seconds: float, folder: Path) -> Seen:
         config = configuration(folder, f"http://127.0.0.1:{port}/v1", load)
         server = await stack.enter_async_context(ServerProcess(folder / "state", config))
         web = await stack.enter_async_context(aiohttp.ClientSession(server.url))
-        idle = psutil.Process(server.pid).memory_info().rss / 2**20
-        seen.memory_mb.append((0.0, idle))
+        seen.idle_mb = psutil.Process(server.pid).memory_info().rss / 2**20
         pressure = Pressure(server, web, load, seen)
         long_task = await pressure.prepare()
         asking = await stack.enter_async_context(
@@ -292,14 +292,15 @@ async def measured(load: Load, seconds: float, folder: Path) -> Seen:
 
 def figures(seen: Seen, load: Load, *, soak: bool) -> list[Figure]:
     """What was seen."""
-    idle, most = seen.memory_mb[0][1], max(mb for _, mb in seen.memory_mb)
+    before, most = seen.memory_mb[0][1], max(mb for _, mb in seen.memory_mb)
     what = f"{load.live} live tasks, {load.stalled} stalled readers and a sandbox flood"
     found = [
         Figure(name="health_p50", value=median(seen.health_ms), unit="ms", what="/health"),
         at_most("health_p95", p95(seen.health_ms), "ms", 25, f"/health under {what}"),
         Figure(name="health_p99", value=p99(seen.health_ms), unit="ms", what="/health"),
-        Figure(name="memory_idle", value=idle, unit="MB", what="resident memory without load"),
-        at_most("memory_growth", most - idle, "MB", 100, f"memory's growth under {what}"),
+        Figure(name="memory_idle", value=seen.idle_mb, unit="MB", what="resident memory after the start"),
+        Figure(name="memory_before", value=before, unit="MB", what="and before the load"),
+        at_most("memory_growth", most - before, "MB", 100, f"memory's growth under {what}"),
         Figure(name="tasks_ended", value=seen.ended, unit="", what="live tasks that ended"),
         Figure(name="live_least", value=seen.live_least, unit="", what="live tasks, at the least"),
         Figure(name="floods", value=seen.floods, unit="", what="floods that were stopped"),

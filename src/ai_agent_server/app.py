@@ -34,10 +34,11 @@ from ai_agent_server.channels._embedded_nats import EmbeddedNats
 from ai_agent_server.channels.base import Channel
 from ai_agent_server.channels.memory_channel import MemoryChannel
 from ai_agent_server.channels.nats_channel import NatsChannel
-from ai_agent_server.cluster.alone import Alone
-from ai_agent_server.cluster.base import Leases, Peers
+from ai_agent_server.cluster.alone import Alone, FileShelf
+from ai_agent_server.cluster.base import Leases, Peers, Shelf
 from ai_agent_server.cluster.nats_leases import NatsLeases, server_id
-from ai_agent_server.cluster.nats_store import NatsTaskStore, stream
+from ai_agent_server.cluster.nats_shelf import NatsShelf
+from ai_agent_server.cluster.nats_store import SHELVES, STREAM, NatsTaskStore, stream
 from ai_agent_server.config import settings as configuration
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.config.toggles import Toggles
@@ -288,7 +289,7 @@ async def running(
             clock=asyncio.get_running_loop().time,
             now=time.time,
         )
-        store, leases = await _opened(own_store, settings, state_dir, environ, stack)
+        store, leases, shelf = await _opened(own_store, settings, state_dir, environ, stack)
         # Closed after everything that uses: what is used up to the end is kept.
         await stack.enter_async_context(door)
         # Closed after whoever has spans to tell.
@@ -342,7 +343,7 @@ async def running(
             targets=targets,
             clock=_now,
             rng=random.Random(),
-            state_path=state_dir / "callbacks.json",
+            shelf=shelf,
         )
         metrics = Metrics(
             now=_now,
@@ -475,13 +476,14 @@ async def _opened(
     state_dir: Path,
     environ: Mapping[str, str],
     stack: AsyncExitStack,
-) -> tuple[TaskStore, Leases]:
-    """The store and the leases, opened: this server's own, or with the store as one of a cluster."""
+) -> tuple[TaskStore, Leases, Shelf]:
+    """The store, the leases and the shelf, opened: this server's own, or as one of a cluster."""
     cluster, url = settings.cluster, settings.messaging.url
+    callbacks = FileShelf(state_dir / "callbacks.json")
     if not cluster.enabled or url is None:
         await store.open()
         stack.push_async_callback(store.aclose)
-        return store, Alone()
+        return store, Alone(), callbacks
     link = Link(
         url,
         credentials=configuration.secret(settings.messaging.credentials, environ),
@@ -497,7 +499,8 @@ async def _opened(
     server = await asyncio.to_thread(server_id, state_dir, cluster.name)
     leases = NatsLeases(link, server, lease_s=cluster.lease_s, clock=asyncio.get_running_loop().time)
     stack.push_async_callback(leases.aclose)
-    return shared, leases.open()
+    shelf = NatsShelf(link, leases, callbacks, stream=STREAM, subject=SHELVES)
+    return shared, leases.open(), shelf
 
 
 async def _channel(

@@ -10,16 +10,28 @@ import pytest
 import pytest_asyncio
 
 from ai_agent_server.cluster.nats_leases import server_id
+from tests.integration.test_webhooks import SECRET, Receiver, receiving
 from tests.servers.cluster import Cluster, a_cluster, in_order
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    """Servers `a` and `b`; each test leaves both running and the LLM answering."""
-    async with a_cluster(tmp_path_factory.mktemp("cluster"), "a", "b") as made:
+async def receiver() -> AsyncIterator[Receiver]:
+    """Whom webhooks are sent to."""
+    async with receiving() as made:
         yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> AsyncIterator[Cluster]:
+    """Servers `a` and `b`; each test leaves both running and the LLM answering."""
+    target = {"url": f"{receiver.url}/hooks", "secret": {"env": "HOOK_SECRET"}}
+    callbacks = {"targets": {"ci": target}, "backoff_s": 0.05, "backoff_max_s": 0.2, "attempts": 1000}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOOK_SECRET", SECRET)
+        async with a_cluster(tmp_path_factory.mktemp("cluster"), "a", "b", callbacks=callbacks) as made:
+            yield made
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +132,35 @@ async def test_servers_restarted_one_after_the_other_lose_and_double_nothing(clu
         assert packet["status"] == "completed"
         in_order(packet)
         assert cluster.llm.asked[name] == packet["usage"]["calls"]
+
+
+async def test_webhooks_that_a_dead_server_owed_are_sent_by_the_other(
+    cluster: Cluster, receiver: Receiver
+) -> None:
+    receiver.answers = [500] * 100_000
+    callback = {"url": f"{receiver.url}/hooks", "events": ["task.submitted", "task.completed"]}
+    body = {"payload": {"task": "Do it. #owed#"}, "callback": callback}
+    async with cluster.client("a") as http:
+        task_id = (await http.post("/api/v1/chain/first", json=body)).json()["task_id"]
+    packet = await cluster.ended("a", task_id)
+    await receiver.until(lambda: bool(receiver.came))
+    dead = holder_of(cluster, packet)
+    await cluster.servers[dead].kill()
+    receiver.answers = []
+    last = f"{task_id}:{packet['revision']}"
+    await receiver.until(lambda: last in receiver.ids())
+    await cluster.start(dead)
+    after = await cluster.submit(dead, "after-the-dead")
+    assert (await cluster.ended(dead, after))["status"] == "completed"
+
+
+async def test_a_server_that_joins_sends_no_webhooks_of_others_again(
+    cluster: Cluster, receiver: Receiver
+) -> None:
+    assert receiver.came, "there is nothing to send again"
+    await cluster.start("c")
+    task_id = await cluster.submit("c", "joined")
+    assert (await cluster.ended("c", task_id))["status"] == "completed"
+    async with cluster.client("c") as http:
+        counted = (await http.get("/api/v1/metrics")).json()["state"]["webhooks"]
+    assert counted["pending"] == counted["delivered"] == counted["failed"] == 0

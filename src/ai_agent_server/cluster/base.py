@@ -1,6 +1,6 @@
 """The lease port: which server may run a task, where several share the tasks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -41,4 +41,40 @@ class Leases(Protocol):
 
     async def aclose(self) -> None:
         """Say goodbye: what this process holds is free at once."""
+        ...
+
+
+class Left(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server that is gone had on its shelf. `place` is what `Shelf.replace` knows it by."""
+
+    holder: str
+    content: bytes
+    place: int
+
+
+class Shelf(Protocol):
+    """A document of each server's own, which the others find when it is gone.
+
+    What is put is safe when it returns. Every method may raise a `StoreError` child. Tested on every
+    implementation by tests/conformance/test_shelf.py.
+    """
+
+    async def read(self) -> bytes | None:
+        """What this server put last, or whoever took its place; None at first."""
+        ...
+
+    async def put(self, content: bytes) -> None:
+        """Keep `content` in the place of what was there."""
+        ...
+
+    def is_own(self, holder: str) -> bool:
+        """Whether what `holder` had was had by this server."""
+        ...
+
+    async def left(self) -> Sequence[Left]:
+        """What servers that are gone left, and nobody replaced."""
+        ...
+
+    async def replace(self, left: Left, content: bytes) -> bool:
+        """Put `content` in its place, for the server to read if it comes back; False: somebody was first."""
         ...

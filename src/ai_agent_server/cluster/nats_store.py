@@ -52,6 +52,8 @@ __all__ = ("NatsTaskStore",)
 SUBJECT = "ai-agent-server.state"
 TASKS = f"{SUBJECT}.task"
 KEYS = f"{SUBJECT}.key"
+SHELVES = f"{SUBJECT}.shelf"
+"""Beside the tasks, in the same stream: what a server leaves to the others (`NatsShelf`)."""
 STREAM = "AI_AGENT_SERVER_STATE"
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})
 STREAM_FULL = frozenset({10077, 10047, 10023})

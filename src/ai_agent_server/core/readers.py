@@ -1,6 +1,7 @@
 """Those who follow tasks: each has a bounded backlog, and is cut when it falls too far behind."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 from ai_agent_server.core.task_packet import (
@@ -71,13 +72,13 @@ class Readers:
                     if seen > since:
                         return  # deleted, or archived, while it was read
                     raise
-                page = packet.history[seen : seen + max(PAGE, packet.revision // PAGES)]
+                page = deque(packet.history[seen : seen + max(PAGE, packet.revision // PAGES)])
                 is_more, ended = seen + len(page) < packet.revision, packet.status.is_final
                 # A slow reader may keep this for long, and the packet may be large.
                 del packet
-                for event in page:
-                    seen = event.seq
-                    yield event
+                while page:
+                    seen = page[0].seq
+                    yield page.popleft()
             while not ended:
                 item = await reader.queue.get()
                 if item is None:

@@ -36,13 +36,12 @@ async def frames(
     keep_alive_s: float,
 ) -> AsyncGenerator[Frame]:
     """The frames of a task that was read as `packet` and is followed after `since`."""
-    snapshot, is_final = (
-        _frame("snapshot", msgspec.structs.replace(packet, history=())),
-        packet.status.is_final,
-    )
+    is_final = packet.status.is_final
+    snapshot = _frame("snapshot", msgspec.structs.replace(packet, history=()))
     # A reader may take its time, and the packet may be large.
     del packet
     yield snapshot
+    del snapshot
     last: AnyTaskEvent | Progress | None = None
     coming: asyncio.Future[AnyTaskEvent | Progress] | None = None
     try:

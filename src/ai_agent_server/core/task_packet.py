@@ -431,6 +431,7 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     updated_at: datetime | None
     paused_at: datetime | None = None
+    holder: str = ""
     callback: Callback | None = None
     idempotency_key: str | None = None
     request_sha256: str = ""
@@ -524,6 +525,7 @@ def summary(packet: TaskPacket) -> TaskSummary:
         created_at=packet.created_at,
         updated_at=packet.updated_at,
         paused_at=packet.paused_at,
+        holder=packet.holder,
         callback=packet.callback,
         idempotency_key=packet.idempotency_key,
         request_sha256=packet.request_sha256,

@@ -1,8 +1,8 @@
 """Webhooks: a task's events sent to the URL that its packet names, signed, in order, at least once.
 
-Only targets that the configuration names are called. What was delivered is in a small file, so that a
-restart goes on where it was; the events themselves are read from the task again. A message that comes
-twice has the same `webhook-id`.
+Only targets that the configuration names are called. What was delivered is in a small document, so that
+a restart goes on where it was, and another server where this one is gone; the events themselves are read
+from the task again. A message that comes twice has the same `webhook-id`.
 """
 
 import asyncio
@@ -10,20 +10,19 @@ import random
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Final, Literal, Self, TypeAlias
 
 import httpx
 import msgspec
 import structlog
 
+from ai_agent_server.cluster.base import Left, Shelf
 from ai_agent_server.config.settings import CallbackSettings, secret
 from ai_agent_server.core.callbacks import signature, target_of
 from ai_agent_server.core.chat import Privacy
 from ai_agent_server.core.event_packet import EventPacket, cut, is_copy, statuses
 from ai_agent_server.core.ports import Orchestration, WebhookStatus
-from ai_agent_server.core.task_packet import AnyTaskEvent, TaskPacket, TaskStatus
-from ai_agent_server.durable import write_whole
+from ai_agent_server.core.task_packet import AnyTaskEvent, Recovered, Started, TaskPacket, TaskStatus
 from ai_agent_server.errors import (
     CorruptTaskError,
     InvalidPacketError,
@@ -43,8 +42,10 @@ SAVE_S: Final = 0.25
 SLACK: Final = timedelta(seconds=30)
 """An event is stamped, then written, then told, then delivered; what is known goes back so far at least."""
 READ_AGAIN_S: Final = 1.0
+LOOK_S: Final = 2.0
+"""How often it is looked for what servers left that are gone."""
 _PAGE = 200
-_GIVEN_UP = 2**53
+_ALL = _GIVEN_UP = 2**53
 Sent: TypeAlias = Literal["done", "again", "never"]
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
@@ -63,6 +64,8 @@ class Cursor(msgspec.Struct, kw_only=True):
     """How far a task's messages are delivered."""
 
     next_seq: int
+    last_seq: int = _ALL
+    """No further than this: what follows was written, and is told, by another server."""
     at: datetime
     """When it last moved."""
     attempts: int = 0
@@ -70,7 +73,7 @@ class Cursor(msgspec.Struct, kw_only=True):
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
-    """The file at `state_path`: everything that was stamped before `until` less `SLACK` is in it."""
+    """A server's document: everything that was stamped before `until` less `SLACK` is in it."""
 
     until: datetime
     tasks: dict[str, Cursor]
@@ -137,10 +140,10 @@ class Webhooks:
         targets: Targets,
         clock: Callable[[], datetime],
         rng: random.Random,
-        state_path: Path,
+        shelf: Shelf,
     ) -> None:
         self._engine, self._targets = engine, targets
-        self._clock, self._rng, self._path = clock, rng, state_path
+        self._clock, self._rng, self._shelf = clock, rng, shelf
         self._cursors: dict[str, Cursor] = {}
         self._due: dict[str, datetime] = {}
         """Tasks with something to deliver, and when to try (again)."""
@@ -148,16 +151,21 @@ class Webhooks:
         self._disabled: set[str] = set()
         self._stirred = asyncio.Event()
         self._dirty = False
+        self._saving = asyncio.Lock()
         self._delivered = self._failed = self._given_up = 0
         self._http: httpx.AsyncClient | None = None
         self._tasks: list[asyncio.Task[None]] = []
         engine.observe(self._observe)
 
     async def __aenter__(self) -> Self:
-        await self._find()
+        content = await self._shelf.read()
+        await self._find(_decoded(content) if content else None, self._shelf.is_own)
+        # Under this process's name, before anything is owed.
+        self._dirty = True
         self._http = httpx.AsyncClient(follow_redirects=False, trust_env=False)
         self._tasks = [
             asyncio.create_task(self._keep(), name="webhooks-keep"),
+            asyncio.create_task(self._take_over(), name="webhooks-take-over"),
             *(asyncio.create_task(self._send(), name=f"webhooks-{number}") for number in range(SENDERS)),
         ]
         return self
@@ -183,35 +191,76 @@ class Webhooks:
     def _observe(self, packet: TaskPacket, events: tuple[AnyTaskEvent, ...]) -> None:
         if packet.callback is None or not events:
             return
-        first = Cursor(next_seq=events[0].seq, at=self._clock())
-        self._cursors.setdefault(packet.task_id, first).at = first.at
+        now, task_id = self._clock(), packet.task_id
+        cursor = self._cursors.get(task_id)
+        if cursor is None or (task_id not in self._due and cursor.next_seq != _GIVEN_UP):
+            cursor = self._cursors[task_id] = Cursor(next_seq=events[0].seq, last_seq=0, at=now)
+        cursor.last_seq, cursor.at = max(cursor.last_seq, events[-1].seq), now
         self._dirty = True
-        if len(self._due) >= MAX_PENDING and packet.task_id not in self._due:
-            log.error("webhooks.too_many", pending=len(self._due), task_id=packet.task_id)
-            self._forget(packet.task_id)
+        if len(self._due) >= MAX_PENDING and task_id not in self._due:
+            log.error("webhooks.too_many", pending=len(self._due), task_id=task_id)
+            self._forget(task_id)
         elif any(event.__struct_config__.tag in packet.callback.events for event in events):
-            self._due.setdefault(packet.task_id, first.at)
+            # What a server that is gone did not deliver comes first: it is about to be found.
+            wait_s = 2 * LOOK_S if self._is_taken_over(packet, events) else 0.0
+            self._due.setdefault(task_id, now + timedelta(seconds=wait_s))
             self._stirred.set()
 
-    async def _find(self) -> None:
-        """Take up what an earlier run had not delivered. Raises `StoreError` children."""
-        kept = await asyncio.to_thread(_read, self._path)
+    def _is_taken_over(self, packet: TaskPacket, events: tuple[AnyTaskEvent, ...]) -> bool:
+        if not any(isinstance(event, Recovered) for event in events):
+            return False
+        holders = [event.holder for event in packet.history if isinstance(event, Started | Recovered)]
+        return not self._shelf.is_own(holders[-2] if len(holders) > 1 else holders[-1])
+
+    async def _find(self, kept: Kept | None, is_its: Callable[[str], bool]) -> None:
+        """Take up what was not delivered of tasks whose holder `is_its`, or that nobody had.
+
+        Raises `StoreError` children.
+        """
         mark = kept.until - SLACK if kept is not None else _LONG_AGO
         known = kept.tasks if kept is not None else {}
         cursor: str | None = None
         while True:
             page = await self._engine.list(TaskFilter(), limit=_PAGE, cursor=cursor)
             for task in page.items:
-                # What is not in the file and did not change since was delivered long ago.
+                # What is not known and did not change since was delivered long ago.
                 is_new = (task.updated_at or task.created_at) > mark
-                if task.callback is not None and (is_new or task.task_id in known):
-                    self._cursors[task.task_id] = known.get(
-                        task.task_id, Cursor(next_seq=1, at=self._clock())
-                    )
-                    self._due[task.task_id] = self._clock()
+                may_be_its = is_its(task.holder) or (kept is not None and not task.holder)
+                if task.callback is not None and ((is_new and may_be_its) or task.task_id in known):
+                    self._take_up(task.task_id, known.get(task.task_id))
             cursor = page.next_cursor
             if cursor is None:
                 return
+
+    def _take_up(self, task_id: str, known: Cursor | None) -> None:
+        next_seq = known.next_seq if known else 1
+        if (ours := self._cursors.get(task_id)) is not None:
+            next_seq = min(next_seq, ours.next_seq)
+        # A new one: who is delivering now moves the old one on.
+        self._cursors[task_id] = Cursor(next_seq=next_seq, at=self._clock())
+        self._due[task_id] = self._clock()
+        self._stirred.set()
+
+    async def _take_over(self) -> None:
+        """Go on where servers stopped that are gone."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                for left in await self._shelf.left():
+                    await self._inherit(left)
+            except StoreError as exc:
+                log.warning("webhooks.not_taken_over", problem=str(exc))
+
+    async def _inherit(self, left: Left) -> None:
+        server = left.holder.rpartition(".")[0]
+        await self._find(_decoded(left.content), lambda holder: holder.rpartition(".")[0] == server)
+        # Kept as ours before it is taken: a death between the two repeats messages, and loses none.
+        self._dirty = True
+        if not await self._save():
+            return
+        nothing_left = Kept(until=self._clock() + SLACK, tasks={})
+        is_ours = await self._shelf.replace(left, msgspec.json.encode(nothing_left))
+        log.info("webhooks.taken_over", holder=left.holder, is_ours=is_ours, pending=len(self._due))
 
     async def _keep(self) -> None:
         while True:
@@ -219,20 +268,24 @@ class Webhooks:
             if self._dirty:
                 await self._save()
 
-    async def _save(self) -> None:
-        if not self._dirty:
-            return
-        self._dirty = False
-        now = self._clock()
-        for task_id, cursor in list(self._cursors.items()):
-            if task_id not in self._due and cursor.at < now - 2 * SLACK:
-                del self._cursors[task_id]
-        content = msgspec.json.encode(Kept(until=now, tasks=self._cursors))
-        try:
-            await asyncio.to_thread(write_whole, self._path, content)
-        except OSError as exc:
-            self._dirty = True
-            log.warning("webhooks.not_kept", problem=exc.strerror)
+    async def _save(self) -> bool:
+        """Whether what is known is kept."""
+        async with self._saving:
+            if not self._dirty:
+                return True
+            self._dirty = False
+            now = self._clock()
+            for task_id, cursor in list(self._cursors.items()):
+                if task_id not in self._due and cursor.at < now - 2 * SLACK:
+                    del self._cursors[task_id]
+            content = msgspec.json.encode(Kept(until=now, tasks=self._cursors))
+            try:
+                await self._shelf.put(content)
+            except StoreError as exc:
+                self._dirty = True
+                log.warning("webhooks.not_kept", problem=str(exc))
+                return False
+            return True
 
     async def _send(self) -> None:
         while True:
@@ -272,6 +325,8 @@ class Webhooks:
         while True:
             packet = await self._engine.read(task_id)
             for event, status in statuses(packet, since=cursor.next_seq - 1):
+                if event.seq > cursor.last_seq:
+                    break
                 match await self._tell(packet, event, status):
                     case "again":
                         self._postpone(task_id, cursor)
@@ -281,8 +336,10 @@ class Webhooks:
                         return
                 cursor.next_seq, cursor.at, cursor.attempts = event.seq + 1, self._clock(), 0
                 self._dirty = True
-            if (await self._engine.read(task_id)).revision < cursor.next_seq:
-                del self._due[task_id]
+            written = (await self._engine.read(task_id)).revision
+            if min(written, cursor.last_seq) < cursor.next_seq:
+                if self._cursors.get(task_id) is cursor:
+                    del self._due[task_id]
                 return
 
     def _postpone(self, task_id: str, cursor: Cursor) -> None:
@@ -365,12 +422,10 @@ def _body(task_id: str, event: AnyTaskEvent, status: TaskStatus) -> bytes:
     return body
 
 
-def _read(path: Path) -> Kept | None:
+def _decoded(content: bytes) -> Kept | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Kept)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.MsgspecError) as exc:
+        return msgspec.json.decode(content, type=Kept)
+    except msgspec.MsgspecError as exc:
         # Everything is found anew: messages come twice, none is missing.
-        log.warning("webhooks.state_unreadable", path=str(path), problem=str(exc))
+        log.warning("webhooks.state_unreadable", problem=str(exc))
         return None
