@@ -142,6 +142,19 @@ def test_a_shortened_model_has_the_weights_of_its_blocks_alone(packaged: Path, t
             "no vocabulary",
         ),
         (
+            b"GGUF"
+            + struct.pack("<IQQ", 3, 0, 1)
+            + text("k")
+            + struct.pack("<IIQ", ARRAY, STRING, 2)
+            + text("a")
+            + struct.pack("<Q", 2**64 - 1),
+            "are missing of a string",
+        ),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("k") + struct.pack("<IIQ", ARRAY, STRING, 9),
+            "are missing of a string",
+        ),
+        (
             b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + text("t") + struct.pack("<I", 2**31),
             "dimensions",
         ),
