@@ -10,6 +10,8 @@ import structlog
 from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
 
+from ai_agent_server.deadline import Deadline
+
 log = structlog.get_logger(__name__)
 
 __all__ = ("ClientLeftError", "EventStream", "WhileConnected", "disconnected", "write_unless_left")
@@ -62,16 +64,21 @@ class EventStream(ASGIResponse):
             log.error("events.failed", **self._about, exc_info=problem)
 
     async def _write(self, send: Send) -> None:
-        now_s = asyncio.get_running_loop().time
+        loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
+        deadline = Deadline(loop, lambda: limit.reschedule(loop.time()))
         try:
-            async with asyncio.timeout(None) as limit, aclosing(self._frames) as frames:
+            async with limit, aclosing(self._frames) as frames:
                 async for frame in frames:
-                    limit.reschedule(now_s() + self._write_timeout_s)
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-                    limit.reschedule(None)
+                    deadline.start(self._write_timeout_s)
+                    try:
+                        await send({"type": "http.response.body", "body": frame, "more_body": True})
+                    finally:
+                        deadline.stop()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log.info("events.slow_reader_cut", **self._about)
+        finally:
+            deadline.close()
 
 
 class ClientLeftError(Exception):

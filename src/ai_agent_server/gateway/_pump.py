@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
+from ai_agent_server.deadline import Deadline
+
 __all__ = ("Pump",)
 
 AHEAD = 32
@@ -26,20 +28,21 @@ class Pump(Generic[T]):
         self._ready: deque[T] = deque()
         self._room: asyncio.Future[None] | None = None
         self._news: asyncio.Future[bool] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._deadline = Deadline(self._loop, lambda: self._tell(False))
         self._task = asyncio.create_task(self._run(), name="pump")
-        self._task.add_done_callback(lambda _: self._tell())
+        self._task.add_done_callback(lambda _: self._tell(True))
 
     async def wait(self, timeout_s: float) -> bool:
         """True as soon as there is a piece or the source has ended, False after `timeout_s`."""
         if self._ready or self._task.done():
             return True
-        loop = asyncio.get_running_loop()
-        self._news = loop.create_future()
-        timer = loop.call_later(timeout_s, _answer, self._news, False)
+        self._news = self._loop.create_future()
+        self._deadline.start(timeout_s)
         try:
             return await self._news
         finally:
-            timer.cancel()
+            self._deadline.stop()
             self._news = None
 
     def look(self) -> None:
@@ -58,6 +61,7 @@ class Pump(Generic[T]):
 
     async def aclose(self) -> None:
         """Close the source, and wait until it is closed. May be called twice."""
+        self._deadline.close()
         self._task.cancel()
         await asyncio.wait((self._task,))
         if not self._task.cancelled():
@@ -67,16 +71,11 @@ class Pump(Generic[T]):
         async with aclosing(self._source) as pieces:
             async for piece in pieces:
                 self._ready.append(piece)
-                self._tell()
+                self._tell(True)
                 if len(self._ready) >= AHEAD:
                     self._room = asyncio.get_running_loop().create_future()
                     await self._room
 
-    def _tell(self) -> None:
-        if self._news is not None:
-            _answer(self._news, True)
-
-
-def _answer(waiting: asyncio.Future[bool], value: bool) -> None:
-    if not waiting.done():
-        waiting.set_result(value)
+    def _tell(self, has_come: bool) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(has_come)

@@ -11,6 +11,7 @@ from typing import cast
 import httptools
 from yarl import URL
 
+from ai_agent_server.deadline import Deadline
 from ai_agent_server.errors import (
     EngineError,
     EngineProtocolError,
@@ -125,7 +126,9 @@ class _Connection(asyncio.Protocol):
     def __init__(self, posts: PlainPosts) -> None:
         self._posts = posts
         self._parser = httptools.HttpResponseParser(self)
+        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[bool] | None = None
+        self._deadline = Deadline(self._loop, lambda: self._tell(False))
         self._is_lost = False
         self._renew(is_asked=False)
 
@@ -202,18 +205,17 @@ class _Connection(asyncio.Protocol):
         """Wait until something came. Raises what the answer broke with."""
         if self._fault is not None:
             raise self._broken(self._fault) from self._fault
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
-        self._waiter = loop.create_future()
-        timer = loop.call_later(pace.left_s, self._tell, False)
+        began_s = self._loop.time()
+        self._waiter = self._loop.create_future()
+        self._deadline.start(pace.left_s)
         try:
             has_come = await self._waiter
         finally:
-            timer.cancel()
+            self._deadline.stop()
             self._waiter = None
         if not has_come:
             raise pace.expired()
-        pace.waited(loop.time() - began_s)
+        pace.waited(self._loop.time() - began_s)
 
     def _broken(self, fault: BaseException) -> EngineError:
         engine, what = self._posts.engine, type(fault).__name__
@@ -264,6 +266,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is closed, by whomever."""
         self._is_lost, self._may_serve_again = True, False
+        self._deadline.close()
         self._posts.forget(self)
         if not self._is_whole and self._fault is None:
             is_its_end = exc is None and self.status and not self._says_its_end
