@@ -90,6 +90,7 @@ def surfaces_for(
         balancer=balancer,
         route=serving.route,
         accounts=accounts,
+        cache=cache,
         observe=metrics.served,
         price=balancer.cost_usd,
         clock=clock,

@@ -198,3 +198,26 @@ async def test_the_embedded_model_gives_vectors_that_know_what_is_alike(client: 
 
 def _product(left: list[float], right: list[float]) -> float:
     return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+async def test_the_same_texts_get_the_same_vectors_without_asking_again(gateway: Gateway) -> None:
+    async with OpenAIDouble(port=gateway.remote_port) as double, gateway.server.http() as http:
+
+        async def asked(texts: list[str], cache: str) -> tuple[str, Any]:
+            body = {"model": "remote", "input": texts}
+            answer = await http.post("/v1/embeddings", json=body, headers={"X-Cache": cache})
+            assert answer.status_code == 200, answer.text
+            return answer.headers.get("x-cache", ""), answer.json()
+
+        before = (await http.get("/api/v1/metrics")).json()["gateway"]["cache"]
+        first = await asked(["fox", "hound"], "use")
+        again = await asked(["fox", "hound"], "use")
+        assert (first[0], again[0]) == ("miss", "hit")
+        assert again[1] == first[1]
+        assert (await asked(["hound", "fox"], "use"))[0] == "miss"
+        assert (await asked(["fox", "hound"], "refresh"))[0] == "miss"
+        assert (await asked(["fox", "hound"], "off"))[0] == ""
+        assert len(double.asked) == 4
+        after = (await http.get("/api/v1/metrics")).json()["gateway"]["cache"]
+    assert after["hits"] - before["hits"] == 1
+    assert after["tokens_saved"] - before["tokens_saved"] == first[1]["usage"]["total_tokens"]

@@ -19,6 +19,7 @@ from ai_agent_server.core.chat import (
     ToolCallDelta,
     message,
 )
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import EngineFailedError
 from ai_agent_server.gateway.answer_cache import AnswerCache, Reading
 from ai_agent_server.gateway.caller import Caller
@@ -383,3 +384,43 @@ async def test_a_stand_ins_answer_is_not_kept_for_when_the_usual_one_is_back(wor
     never = (Candidate(llm=main, refused_by="LB-5 capability"),)
     await world.answer(Engine(llm="embedded", candidates=never), wants_main)
     assert world.cache.state().answers == 1
+
+
+async def vectors(
+    world: World,
+    *texts: str,
+    caller: Caller = USING,
+    meanwhile: Callable[[], None] = lambda: None,
+    llm: str = "embedded",
+) -> str:
+    """`hit` or `miss`."""
+    kept = world.cache.vectors(EmbeddingRequest(inputs=texts, route=RouteHints(llm="embedded")), caller)
+    assert kept is not None
+
+    async def ask() -> EmbeddingReply:
+        meanwhile()
+        return EmbeddingReply(vectors=(b"\0\0\x80?",), usage=ChatUsage(input_tokens=3), llm=llm)
+
+    reply = await kept.reply(ask)
+    assert (reply.vectors, reply.usage.input_tokens) == ((b"\0\0\x80?",), 3)
+    return kept.outcome
+
+
+async def test_vectors_are_kept_for_the_same_texts_in_their_order_key_and_time(world: World) -> None:
+    outcomes = [await vectors(world, "a", "b") for _ in range(2)]
+    assert outcomes == ["miss", "hit"]
+    assert await vectors(world, "b", "a") == "miss"
+    assert await vectors(world, "a", "b", caller=Caller(key="phone", cache="use")) == "miss"
+    assert await vectors(world, "a", "b", caller=REFRESHING) == "miss"
+    world.now_s += world.settings.gateway.cache.ttl_s
+    assert await vectors(world, "a", "b") == "miss"
+    assert world.cache.vectors(EmbeddingRequest(inputs=("a",)), Caller(key="laptop", cache="off")) is None
+
+
+async def test_vectors_of_a_model_that_was_changed_meanwhile_or_of_another_are_not_kept(world: World) -> None:
+    assert await vectors(world, "a", meanwhile=lambda: world.cache.forget(["embedded"])) == "miss"
+    assert await vectors(world, "a", llm="another") == "miss"
+    assert await vectors(world, "a") == "miss"
+    assert await vectors(world, "a") == "hit"
+    world.cache.forget(["embedded"])
+    assert await vectors(world, "a") == "miss"

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable
 from contextlib import aclosing
 from typing import Literal, TypeAlias
 
@@ -17,12 +17,13 @@ from ai_agent_server.core.chat import (
     RouteHints,
     Urgency,
 )
+from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.core.metrics_snapshot import CacheState
 from ai_agent_server.gateway.caller import Caller
 from ai_agent_server.llm_engines.base import JoinedStream
 from ai_agent_server.load_balancer.base import Sent, Source
 
-__all__ = ("AnswerCache", "Reading")
+__all__ = ("AnswerCache", "KeptVectors", "Reading")
 
 ENTRY_BYTES = 512
 """What an answer takes beside its own text: the tables' places and the objects around it."""
@@ -33,22 +34,24 @@ _Question: TypeAlias = tuple[bytes, Urgency]
 
 
 class _Kept(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """The answer's deltas as JSON: its size is known, and it holds no objects."""
+    """An answer, encoded: its size is known, and it holds no objects."""
 
-    deltas: bytes
+    answer: bytes
+    """The deltas of a chat as JSON, or vectors as MessagePack."""
     llm: str
     stored_s: float
 
     @property
     def size_bytes(self) -> int:
-        return len(self.deltas) + ENTRY_BYTES
+        return len(self.answer) + ENTRY_BYTES
 
 
 class AnswerCache:
     """The answers, in memory, the least lately used given up first; and the questions under way.
 
     Equal are two requests of the same key and project (`gateway.cache.shared`: of anyone) that bring the
-    same question to the balancer: messages, tools, schema, sampling, bounds, and which LLMs may serve.
+    same question to the balancer: messages, tools, schema, sampling, bounds, and which LLMs may serve; or
+    the same texts for their vectors.
     """
 
     def __init__(self, *, settings: Callable[[], Settings], clock: Callable[[], float]) -> None:
@@ -57,6 +60,8 @@ class AnswerCache:
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
         self._kept_bytes = 0
         self._flights: dict[_Question, _Flight] = {}
+        self._forgotten = 0
+        """How often something was forgotten."""
 
     def reading(self, request: ChatRequest, caller: Caller) -> "Reading | None":
         """A reader of the answer to `request`; None where `caller` wants no cache, or there is none."""
@@ -74,6 +79,28 @@ class AnswerCache:
             may_join=caller.cache == "use",
         )
 
+    def vectors(self, request: EmbeddingRequest, caller: Caller) -> "KeptVectors | None":
+        """The way to the vectors of `request`; None where `caller` wants no cache, or there is none."""
+        settings = self._settings().gateway.cache
+        if caller.cache == "off" or not settings.max_mb:
+            return None
+        digest = _digest(request, () if settings.shared else (caller.key, caller.project))
+        kept = self._find(digest) if caller.cache == "use" else None
+        forgotten = self._forgotten
+
+        def keep(reply: EmbeddingReply) -> None:
+            if self._forgotten == forgotten and not self._is_stand_in(
+                reply.llm, reply.decision, request.route
+            ):
+                again = msgspec.structs.replace(reply, decision=_from_cache(reply.llm))
+                self._keep(digest, msgspec.msgpack.encode(again), reply.llm)
+
+        return KeptVectors(
+            None if kept is None else kept.answer,
+            age_s=self._clock() - kept.stored_s if kept is not None else 0.0,
+            keep=keep,
+        )
+
     def state(self) -> CacheState:
         """What is kept now."""
         return CacheState(answers=len(self._kept), size_bytes=self._kept_bytes)
@@ -84,6 +111,7 @@ class AnswerCache:
             self._drop(digest)
         if llms:
             self._flights.clear()
+            self._forgotten += 1
         self._make_room()
 
     def flight(self, reading: "Reading", ask: Ask) -> "_Flight":
@@ -103,20 +131,24 @@ class AnswerCache:
         del self._flights[asked.question]
         if answer is None or answer.finish_reason == "content_filter":
             return
-        if not self._is_stand_in(answer, asked.hints):
-            self._keep(asked.question[0], answer)
+        if self._is_stand_in(answer.llm, answer.decision, asked.hints):
+            return
+        first, *others = answer.again()
+        if others or first.tool_calls:  # else it says nothing
+            deltas = (msgspec.structs.replace(first, decision=_from_cache(answer.llm)), *others)
+            self._keep(asked.question[0], msgspec.json.encode(deltas), answer.llm)
 
-    def _is_stand_in(self, answer: JoinedStream, hints: RouteHints) -> bool:
+    def _is_stand_in(self, llm: str, decision: Decision | None, hints: RouteHints) -> bool:
         """Whether another LLM than usual answered: it would go on standing in after the usual one is back."""
         if hints.llm is not None:
-            return answer.llm != hints.llm
+            return llm != hints.llm
         llms = self._settings().llms
 
         def is_wanted(name: str) -> bool:
             return name in llms and llms[name].tier == hints.tier
 
-        candidates = answer.decision.candidates if answer.decision is not None else ()
-        return not is_wanted(answer.llm) and any(
+        candidates = decision.candidates if decision is not None else ()
+        return not is_wanted(llm) and any(
             is_wanted(candidate.llm) and candidate.refused_by in OUT_FOR_NOW for candidate in candidates
         )
 
@@ -130,14 +162,9 @@ class AnswerCache:
         self._kept.move_to_end(digest)
         return kept
 
-    def _keep(self, digest: bytes, answer: JoinedStream) -> None:
+    def _keep(self, digest: bytes, answer: bytes, llm: str) -> None:
         self._drop(digest)
-        first, *others = answer.again()
-        if not others and not first.tool_calls:
-            return  # it says nothing
-        again = Decision(chosen=answer.llm, reason=f"from the cache: {answer.llm} said it", strategy="cache")
-        deltas = (msgspec.structs.replace(first, decision=again), *others)
-        kept = _Kept(deltas=msgspec.json.encode(deltas), llm=answer.llm, stored_s=self._clock())
+        kept = _Kept(answer=answer, llm=llm, stored_s=self._clock())
         self._kept[digest] = kept
         self._kept_bytes += kept.size_bytes
         self._make_room()
@@ -187,13 +214,31 @@ class Reading:
         `sent` is told which LLM's engine has the question, as soon as one has it.
         """
         if self._kept is not None:
-            for delta in msgspec.json.decode(self._kept.deltas, type=tuple[ChatDelta, ...]):
+            for delta in msgspec.json.decode(self._kept.answer, type=tuple[ChatDelta, ...]):
                 yield delta
             return
         flight = self._cache.flight(self, ask)
         async with aclosing(flight.read(self, sent)) as deltas:
             async for delta in deltas:
                 yield delta
+
+
+class KeptVectors:
+    """One request's way to its vectors: from what is kept, or by asking."""
+
+    def __init__(self, kept: bytes | None, *, age_s: float, keep: Callable[[EmbeddingReply], None]) -> None:
+        self._kept, self._keep = kept, keep
+        self.outcome: Literal["hit", "miss"] = "miss" if kept is None else "hit"
+        self.age_s = age_s
+        """For how long they had been kept."""
+
+    async def reply(self, ask: Callable[[], Awaitable[EmbeddingReply]]) -> EmbeddingReply:
+        """The vectors. `ask` is called where none are kept."""
+        if self._kept is not None:
+            return msgspec.msgpack.decode(self._kept, type=EmbeddingReply)
+        reply = await ask()
+        self._keep(reply)
+        return reply
 
 
 class _Seat:
@@ -270,12 +315,18 @@ class _Flight:
             seat.news.set()
 
 
-def _digest(request: ChatRequest, whose: tuple[str, ...]) -> bytes:
+def _from_cache(llm: str) -> Decision:
+    return Decision(chosen=llm, reason=f"from the cache: {llm} said it", strategy="cache")
+
+
+def _digest(request: ChatRequest | EmbeddingRequest, whose: tuple[str, ...]) -> bytes:
     """What two questions have in common whose answers may stand for each other.
 
     The order of a schema's keys counts: it is the order in which an answer that obeys it has them. Not
     what only says when the answer comes, or who hears of it: urgency, whose turn it is, the trace.
     """
     hints = msgspec.structs.replace(request.route, urgency="interactive", key="")
-    question = msgspec.structs.replace(request, route=hints, traceparent="")
+    question = msgspec.structs.replace(request, route=hints)
+    if isinstance(question, ChatRequest):
+        question = msgspec.structs.replace(question, traceparent="")
     return hashlib.sha256(msgspec.json.encode((whose, question))).digest()

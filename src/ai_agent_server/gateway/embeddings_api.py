@@ -4,6 +4,7 @@ import base64
 import sys
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -29,6 +30,7 @@ from ai_agent_server.errors import (
 )
 from ai_agent_server.gateway._asking import header_text, while_there
 from ai_agent_server.gateway._errors import openai_refusals, wire_error
+from ai_agent_server.gateway.answer_cache import AnswerCache
 from ai_agent_server.gateway.caller import Accounts, Caller, caller_of
 from ai_agent_server.gateway.serving import Route
 from ai_agent_server.llm_engines.base import EmbeddingEngine
@@ -94,6 +96,7 @@ class Embeddings:
         balancer: Balancer,
         route: Callable[[str], Route],
         accounts: Accounts,
+        cache: AnswerCache,
         observe: Callable[[Served], None],
         price: Callable[[str, ChatUsage], float],
         clock: Callable[[], float],
@@ -101,7 +104,7 @@ class Embeddings:
     ) -> None:
         """`route` says what a model's name means; `clock` is monotonic, in seconds."""
         self._engine, self._balancer, self._route = engine, balancer, route
-        self._accounts, self._observe, self._price = accounts, observe, price
+        self._accounts, self._cache, self._observe, self._price = accounts, cache, observe, price
         self._clock, self._new_id = clock, new_id
 
     async def answer(self, draft: EmbeddingsDraft, caller: Caller) -> tuple[EmbeddingReply, dict[str, str]]:
@@ -113,10 +116,13 @@ class Embeddings:
             route=self._hints(draft.model, caller),
         )
         tokens = sum(estimate.text_tokens(text) for text in request.inputs)
-        hold = self._accounts.reserve(caller, tokens=tokens, tier=None)
+        kept = self._cache.vectors(request, caller)
+        is_hit = kept is not None and kept.outcome == "hit"
+        hold = self._accounts.reserve(caller, tokens=0 if is_hit else tokens, tier=None)
         reply, status = EmbeddingReply(vectors=()), "left"
         try:
-            reply = await self._engine.embed(request)
+            ask = partial(self._engine.embed, request)
+            reply = await (ask() if kept is None else kept.reply(ask))
             status = "ok"
         except AgentServerError as exc:
             told = _too_long(exc) or exc
@@ -129,12 +135,14 @@ class Embeddings:
             raise
         finally:
             ended_s = self._clock()
-            cost_usd = self._price(reply.llm, reply.usage) if reply.llm else 0.0
+            # What was kept is told as it was and costs nothing.
+            usage = ChatUsage() if is_hit else reply.usage
+            cost_usd = self._price(reply.llm, usage) if reply.llm else 0.0
             self._accounts.charge(
                 caller,
-                reply.usage,
+                usage,
                 llm=reply.llm,
-                gpu_s=ended_s - started_s if reply.source == "local" else 0.0,
+                gpu_s=ended_s - started_s if reply.source == "local" and not is_hit else 0.0,
                 cost_usd=cost_usd,
                 hold=hold,
             )
@@ -145,9 +153,11 @@ class Embeddings:
                     llm=reply.llm,
                     source=reply.source,
                     status=status,
-                    input_tokens=reply.usage.input_tokens,
+                    input_tokens=usage.input_tokens,
                     output_tokens=0,
                     cost_usd=cost_usd,
+                    cache="" if kept is None else kept.outcome,
+                    saved_tokens=reply.usage.input_tokens if is_hit else 0,
                     duration_ms=1000 * (ended_s - started_s),
                     time_to_first_token_ms=None,
                     overhead_ms=None,
@@ -159,6 +169,10 @@ class Embeddings:
             "X-LLM": reply.llm,
             "X-Routing-Reason": header_text(reply.decision.reason if reply.decision else ""),
         }
+        if kept is not None:
+            headers["X-Cache"] = kept.outcome
+        if is_hit and kept is not None:
+            headers["Age"] = str(int(kept.age_s))
         return reply, {**headers, **self._accounts.headers(caller)}
 
     def _hints(self, model: str, caller: Caller) -> RouteHints:
