@@ -273,8 +273,10 @@ class Chaos:
         self.told.faults["server killed"] += 1
         await self.servers[name].kill()
         await asyncio.sleep(self.rng.uniform(0.0, 0.3))
+        # Taken now: a server calls before it says that it is ready.
+        calls = sum(self.llm.asked.values())
         await self.start(name)
-        ready, calls = time.monotonic(), sum(self.llm.asked.values())
+        ready = time.monotonic()
         asyncio.get_running_loop().call_soon(self._note_resume, ready, calls)
 
     def _note_resume(self, ready: float, calls: int) -> None:

@@ -144,7 +144,9 @@ class Pressure:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_live())
             for number in range(self._load.stalled):
-                group.create_task(self._stall(long_task, by_socket=number % 2 == 1))
+                # One after the other, so that they are not all cut in one moment.
+                wait_s = HOLD_S * number / self._load.stalled
+                group.create_task(self._stall(long_task, wait_s, by_socket=number % 2 == 1))
             for _ in range(self._load.floods):
                 group.create_task(self._flood())
 
@@ -178,7 +180,7 @@ class Pressure:
                 assert answer.status == 204, await answer.text()
             self._seen.floods += 1
 
-    async def _stall(self, task_id: str, *, by_socket: bool) -> None:
+    async def _stall(self, task_id: str, wait_s: float, *, by_socket: bool) -> None:
         """Ask for the events of the long task, and read nothing of them."""
         path = f"/api/v1/tasks/{task_id}/events{'/ws' if by_socket else ''}"
         upgrade = (
@@ -187,6 +189,7 @@ class Pressure:
         )
         head = f"GET {path} HTTP/1.1\r\nHost: {self._address.netloc}\r\n{upgrade if by_socket else ''}\r\n"
         loop = asyncio.get_running_loop()
+        await asyncio.sleep(wait_s)
         while True:
             with socket.socket() as reader:
                 reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

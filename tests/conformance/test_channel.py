@@ -223,3 +223,12 @@ async def test_a_closed_channel_ends_its_iterators_and_refuses_the_rest(channel:
         async with channel.subscribe(INBOUND, group="a"):
             pass
     await channel.aclose()
+
+
+async def test_a_channel_in_memory_keeps_some_megabytes_for_who_comes_later() -> None:
+    async with _memory(Path()) as channel:
+        body = bytes(900_000)
+        for number in range(20):
+            await channel.publish(FEEDBACK, body, dedupe_id=str(number))
+        async with channel.subscribe(FEEDBACK, group="late") as deliveries:
+            assert (await the_next(deliveries)).dedupe_id == "16"

@@ -13,18 +13,20 @@ from ai_agent_server.errors import ChannelClosedError, ChannelError, MessageTooL
 __all__ = ("MemoryChannel",)
 
 MAX_KEPT = 10_000
+MAX_KEPT_BYTES = 4 * 1024 * 1024
 MAX_BODY_BYTES = 1024 * 1024
 
 
 class MemoryChannel:
     """`Channel` in memory, for `messaging.enabled = false` and for tests.
 
-    Of the messages the last `MAX_KEPT` are kept for groups that come later; a group that is
-    `MAX_KEPT` behind makes `publish` fail.
+    Of the messages the last `MAX_KEPT`, or `MAX_KEPT_BYTES` of them, are kept for groups that come
+    later; a group that is `MAX_KEPT` behind makes `publish` fail.
     """
 
     def __init__(self) -> None:
-        self._kept: deque[_Message] = deque(maxlen=MAX_KEPT)
+        self._kept: deque[_Message] = deque()
+        self._kept_bytes = 0
         self._dedupe: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._groups: dict[tuple[str, str], _Group] = {}
         # Who keeps a message's id keeps it for longer than this channel lives: no run repeats another's.
@@ -49,9 +51,15 @@ class MemoryChannel:
                 self._dedupe.popitem(last=False)
         self._published += 1
         message = _Message(subject, body, dedupe_id or f"memory:{self._run}:{self._published}")
-        self._kept.append(message)
+        self._keep(message)
         for group in takers:
             group.put(message)
+
+    def _keep(self, message: "_Message") -> None:
+        self._kept.append(message)
+        self._kept_bytes += len(message.body)
+        while len(self._kept) > MAX_KEPT or self._kept_bytes > MAX_KEPT_BYTES:
+            self._kept_bytes -= len(self._kept.popleft().body)
 
     @asynccontextmanager
     async def subscribe(
