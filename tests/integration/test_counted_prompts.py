@@ -119,10 +119,12 @@ async def test_an_llm_that_may_not_serve_or_is_elsewhere_is_not_told_the_prompt(
     assert [each.counted for each in (off, elsewhere, other, mine)] == [0, 0, 0, 1]
 
 
-async def test_a_prompt_is_counted_by_the_llm_that_would_serve_it_however_long_it_is() -> None:
+async def test_a_prompt_is_counted_by_the_llm_that_would_serve_it_if_it_may_fit() -> None:
     small, large = Counter(5000), Counter(7000)
     engine = balanced(small=(SMALL, small), large=(LARGE, large))
-    assert await engine.count(prompt(4000, llm="small")) == 5000
+    assert await engine.count(prompt(1900, llm="small")) == 5000
+    assert await engine.count(prompt(2100, llm="small")) is None
+    assert small.counted == 1
     assert await engine.count(prompt(10, llm="large")) == 7000
     assert await engine.count(prompt(10, llm="nobody")) is None
     assert small.answered == large.answered == 0

@@ -202,11 +202,15 @@ class BalancedEngine:
 
     async def count(self, request: ChatRequest) -> int | None:
         """The prompt's tokens by the LLM that would serve `request` if it had room for any; None where that
-        one cannot tell them soon."""
-        chosen = self.explain(_of_any_length(self.requirements(request))).chosen
+        one cannot tell them soon, or they are too many for it in any case."""
+        wanted = self.requirements(request)
+        chosen = self.explain(_of_any_length(wanted)).chosen
         if chosen is None:
             return None
-        return (await self._counts(request, (self._named(chosen),))).get(chosen)
+        standing = self._named(chosen)
+        if estimate.LEAST * wanted.input_tokens > standing.settings.context:
+            return None  # megabytes, which nobody pays the counting of
+        return (await self._counts(request, (standing,))).get(chosen)
 
     def views(self) -> tuple[LLMView, ...]:
         """Every configured LLM as it stands now."""
