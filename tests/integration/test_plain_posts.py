@@ -274,6 +274,13 @@ async def test_a_server_that_is_not_there_or_says_nothing_is_told_apart() -> Non
             await asked.post(b"{}", pace(), {})
 
 
+async def test_a_key_that_is_no_text_is_sent_as_it_stands() -> None:
+    key = b"Bearer \xe9".decode("utf-8", "surrogateescape")
+    async with answering(WHOLE) as server, posts(server.url, {"Authorization": key}) as asked:
+        assert await whole(asked) == b"ok"
+    assert b"Authorization: Bearer \xe9\r\n" in server.requests[0]
+
+
 async def test_a_header_does_not_break_out_of_its_line() -> None:
     async with answering(WHOLE) as server, posts(server.url, {"Authorization": "Bearer a\r\nX: y"}) as asked:
         with pytest.raises(EngineRequestError, match="a line's end"):

@@ -62,12 +62,12 @@ class PlainPosts:
         """See `Posts.post`."""
         if self.is_closed:
             raise EngineUnreachableError("the engine was closed", engine=self.engine)
+        more = self._lines(headers) if headers else b""
         if self._idle:
             connection, timer = self._idle.popitem()
             timer.cancel()
         else:
             connection = await self._connected(pace)
-        more = self._lines(headers) if headers else b""
         await connection.ask(b"%b%bContent-Length: %d\r\n\r\n%b" % (self._head, more, len(body), body), pace)
         return connection
 
@@ -117,7 +117,8 @@ class PlainPosts:
         text = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         if text.count("\n") != len(headers) or text.count("\r") != len(headers) or "\0" in text:
             raise EngineRequestError("cannot be asked: a header has a line's end in it", engine=self.engine)
-        return text.encode()
+        # A key may be any bytes: the environment has those that are no UTF-8 as surrogates.
+        return text.encode("utf-8", "surrogateescape")
 
 
 class _Connection(asyncio.Protocol):
