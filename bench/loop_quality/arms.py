@@ -33,6 +33,7 @@ from ai_agent_server.errors import (
 )
 from ai_agent_server.llm_engines.base import LLMEngine, ModelCard, chat
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine
+from ai_agent_server.load_balancer.base import Sent
 from ai_agent_server.sandbox.base import Sandbox
 from ai_agent_server.tasks_state.memory_store import MemoryStore
 from bench.lines import RefusedError
@@ -53,13 +54,15 @@ NOT_THE_MODELS_FAULT: frozenset[Reason | None] = frozenset(
 class Seeded:
     """An LLM whose requests get another seed; nothing else about them is changed."""
 
-    def __init__(self, engine: LLMEngine, shift: int) -> None:
+    def __init__(self, engine: BalancedEngine, shift: int) -> None:
         self._engine, self._shift = engine, shift
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+    async def stream(
+        self, request: ChatRequest, *, sent: Sent | None = None
+    ) -> AsyncGenerator[ChatDelta, None]:
         """Answer `request` from its seed on."""
         request = msgspec.structs.replace(request, seed=(request.seed or 0) + self._shift)
-        async with aclosing(self._engine.stream(request)) as deltas:
+        async with aclosing(self._engine.stream(request, sent=sent)) as deltas:
             async for delta in deltas:
                 yield delta
 

@@ -24,6 +24,10 @@ __all__ = ("serve",)
 events = structlog.get_logger(__name__)
 
 LOG_LEVEL = "AI_AGENT_SERVER_LOG_LEVEL"
+UNREAD_S = 60.0
+"""A client that takes nothing of what was written to it for so long is dropped by the kernel.
+
+Who was cut for reading too slowly would otherwise be kept, with what is written, until it goes."""
 GC_ALLOCATIONS = 20_000
 """So many objects more than were freed, and the cycles among the youngest are looked for."""
 
@@ -101,6 +105,9 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Linux's alone; every connection has it from its listener.
+    if (user_timeout := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
+        listener.setsockopt(socket.IPPROTO_TCP, user_timeout, round(1000 * UNREAD_S))
     try:
         listener.bind((host, port))
     except OSError as exc:

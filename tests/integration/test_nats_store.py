@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from ai_agent_server.cluster.nats_store import STREAM
 from ai_agent_server.core.task_packet import (
     Canceled,
     Completed,
@@ -26,7 +27,7 @@ from ai_agent_server.errors import (
     TaskConflictError,
     TaskNotFoundError,
 )
-from ai_agent_server.tasks_state.base import TaskFilter, TaskStore
+from ai_agent_server.tasks_state.base import TaskFilter, TaskPage, TaskStore
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
 from tests.conformance.test_task_store import NOW, accepted, packet
 from tests.servers.nats import NatsServer, a_nats_server
@@ -139,6 +140,68 @@ async def test_a_task_that_was_deleted_is_gone_everywhere_and_its_key_is_free(
     assert again.task_id != kept.task_id
     anew = await accepted(there, packet(task_id=kept.task_id))
     assert anew.revision == 1
+
+
+async def test_what_says_that_a_task_was_deleted_expires_and_its_id_and_key_serve_again(
+    tmp_path: Path, nats: NatsServer
+) -> None:
+    async with AsyncExitStack() as stack:
+        here, there = (SharedStore(tmp_path / name, nats, deleted_s=1) for name in "ab")
+        for store in (here, there):
+            stack.push_async_callback(store.aclose)
+            await store.open()
+        kept = await accepted(here, packet(key="k"))
+        await here.append(kept.task_id, [Canceled(at=NOW)], expected_revision=1)
+        await known(there, kept.task_id, 2)
+        await here.delete(kept.task_id)
+        session = await here.link.session(WAIT_S)
+        async with asyncio.timeout(WAIT_S):
+            while (await session.jetstream.stream_info(STREAM)).state.messages:
+                await asyncio.sleep(0.1)
+            while there.counts()[TaskStatus.CANCELED]:
+                await asyncio.sleep(0.1)
+        again, created = await there.create(
+            packet(task_id=kept.task_id, key="k"), [Submitted(at=NOW, via="rest")]
+        )
+        assert (again.task_id, created) == (kept.task_id, True)
+        assert await known(here, kept.task_id, 1) == again
+
+
+class Faulty(JsonFileStore):
+    """Files whose list breaks in a way that nobody has a name for."""
+
+    is_broken = False
+
+    async def list(self, where: TaskFilter, *, limit: int, cursor: str | None = None) -> TaskPage:
+        if self.is_broken:
+            raise RuntimeError("unheard of")
+        return await super().list(where, limit=limit, cursor=cursor)
+
+
+async def test_a_server_that_cannot_follow_the_others_says_so_and_goes_on_when_it_can(
+    tmp_path: Path, nats: NatsServer
+) -> None:
+    copies = Faulty(tmp_path / "a")
+    store = SharedStore(tmp_path / "a", nats, copies=copies)
+    try:
+        await store.open()
+        kept = await accepted(store, packet())
+        copies.is_broken = True
+        nats.kill()
+        nats.lose_files()
+        nats.start()
+        async with asyncio.timeout(WAIT_S):
+            while "RuntimeError" not in (found := await store.health()).detail:
+                await asyncio.sleep(0.02)
+        assert not found.ok
+        copies.is_broken = False
+        async with asyncio.timeout(WAIT_S):
+            while not (await store.health()).ok:
+                await asyncio.sleep(0.02)
+        assert await known(store, kept.task_id, 1) == kept
+        assert (await written(store, kept, Started(at=NOW, generation=1))).revision == 2
+    finally:
+        await store.aclose()
 
 
 async def test_a_copy_follows_the_server_that_goes_on_with_its_task(

@@ -52,6 +52,7 @@ from ai_agent_server.errors import (
     UnknownRoleError,
 )
 from ai_agent_server.llm_engines.base import ModelCard
+from ai_agent_server.load_balancer.base import Sent
 from ai_agent_server.sandbox.base import SandboxProbe
 from ai_agent_server.tasks_state.base import TaskFilter
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
@@ -70,12 +71,20 @@ class Words:
         self.asked: list[ChatRequest] = []
         self.cut = 0
         self.fault: Exception | None = None
+        self.is_queued = self.is_silent = False
+        """It has not sent the request on; it has, and no token has come."""
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+    async def stream(
+        self, request: ChatRequest, *, sent: Sent | None = None
+    ) -> AsyncGenerator[ChatDelta, None]:
         self.asked.append(request)
         if self.fault is not None:
             raise self.fault
+        if sent is not None and not self.is_queued:
+            sent("words", "local")
         try:
+            if self.is_queued or self.is_silent:
+                await self.gate.wait()
             yield ChatDelta(text="he", llm="words", model="words", source="local")
             await self.gate.wait()
         except (asyncio.CancelledError, GeneratorExit):
@@ -315,6 +324,24 @@ async def test_cancel_cuts_the_llm_off_and_nothing_follows(tmp_path: Path, words
         with pytest.raises(InvalidTransitionError):
             await engine.cancel(packet.task_id)
         assert engine.status().live == 0
+
+
+@pytest.mark.parametrize("is_queued", [True, False])
+async def test_a_cancel_before_the_first_token_charges_for_the_prompt_that_an_llm_has(
+    tmp_path: Path, words: Words, is_queued: bool
+) -> None:
+    words.is_queued, words.is_silent = is_queued, not is_queued
+    words.gate.clear()
+    async with running(tmp_path, words) as engine:
+        packet, _ = await engine.submit(draft(), via="rest")
+        async with asyncio.timeout(20):
+            while not words.asked:
+                await asyncio.sleep(0.01)
+        canceled = await engine.cancel(packet.task_id)
+    usage = canceled.usage
+    assert (usage.calls, usage.output_tokens, usage.input_tokens > 0) == (
+        (0, 0, False) if is_queued else (1, 0, True)
+    )
 
 
 async def test_a_live_task_cannot_be_deleted_and_an_ended_one_is_gone(tmp_path: Path, words: Words) -> None:
@@ -569,7 +596,10 @@ class Endless(Words):
         super().__init__()
         self.piece = piece
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+    async def stream(
+        self, request: ChatRequest, *, sent: Sent | None = None
+    ) -> AsyncGenerator[ChatDelta, None]:
+        assert sent is not None
         self.asked.append(request)
         try:
             while True:
@@ -619,7 +649,10 @@ async def test_waiting_for_somebody_is_not_the_tasks_time(tmp_path: Path, words:
 
 async def test_an_answer_that_is_cut_is_counted_and_had_again(tmp_path: Path) -> None:
     class Cuts(Words):
-        async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+        async def stream(
+            self, request: ChatRequest, *, sent: Sent | None = None
+        ) -> AsyncGenerator[ChatDelta, None]:
+            assert sent is not None
             self.asked.append(request)
             yield ChatDelta(text="half", llm="words", model="words", source="local")
             if len(self.asked) == 1:

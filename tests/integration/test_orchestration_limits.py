@@ -19,6 +19,7 @@ from ai_agent_server.core.task_packet import Artifact, LimitsDraft, TaskDraft, T
 from ai_agent_server.core.workflow import Workflow
 from ai_agent_server.errors import InvalidOutputError, InvalidPacketError
 from ai_agent_server.llm_engines.base import ModelCard
+from ai_agent_server.load_balancer.base import Sent
 from ai_agent_server.sandbox._choose import NoSandbox
 from ai_agent_server.tasks_state.memory_store import MemoryStore
 from tests.adversaries import KINDS, ROLES, Adversary, check, random_workflow
@@ -33,7 +34,11 @@ PACKAGED = (
 class Spiteful:
     """An LLM that says as much as it is told to and heeds no bound."""
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[ChatDelta, None]:
+    async def stream(
+        self, request: ChatRequest, *, sent: Sent | None = None
+    ) -> AsyncGenerator[ChatDelta, None]:
+        assert sent is not None
+        sent("m", "local")
         wanted = int(request.messages[0].text.partition(" ")[0])
         assert request.max_tokens is not None
         for _ in range(wanted):

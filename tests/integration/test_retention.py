@@ -128,6 +128,25 @@ async def test_who_reads_a_task_while_it_is_deleted_is_told_where_it_is(tmp_path
     await store.aclose()
 
 
+async def test_an_index_that_did_not_change_is_not_read_for_a_task_that_it_has_not(tmp_path: Path) -> None:
+    store = await opened(tmp_path)
+    old = await ended(store, 40, 39)
+    archive = Archive(tmp_path / ARCHIVE)
+    archive.add([await store.read(old[0])])
+    assert (bool(archive.place(old[0])), archive.place(old[1])) == (True, "")
+    (index,) = (tmp_path / ARCHIVE).glob("*.index")
+    before = index.stat()
+    # Only who reads it can see the difference.
+    index.write_bytes(index.read_bytes().replace(old[0].encode(), old[1].encode()))
+    os.utime(index, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert archive.place(old[1]) == ""
+    os.utime(index)
+    assert archive.place(old[1])
+    archive.add([await store.read(old[0])])
+    assert archive.place(old[0])
+    await store.aclose()
+
+
 class Asked(JsonFileStore):
     """A store that knows which tasks it was asked for."""
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import nats
 from nats.js.errors import NotFoundError
 
-from ai_agent_server.cluster.nats_store import STREAM, NatsTaskStore, stream
+from ai_agent_server.cluster.nats_store import DELETED_S, STREAM, NatsTaskStore, stream
 from ai_agent_server.nats_link import Link
+from ai_agent_server.tasks_state.base import TaskStore
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
 from tests.servers.nats import NatsServer
 
@@ -30,9 +31,18 @@ def a_link(server: NatsServer, *, url: str = "", replicas: int = 1) -> Link:
 class SharedStore(NatsTaskStore):
     """One server's part of a shared store: its copies in `folder`, its link closed with it."""
 
-    def __init__(self, folder: Path, server: NatsServer, *, url: str = "", replicas: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        server: NatsServer,
+        *,
+        url: str = "",
+        replicas: int = 1,
+        deleted_s: int = DELETED_S,
+        copies: TaskStore | None = None,
+    ) -> None:
         self.link = a_link(server, url=url, replicas=replicas)
-        super().__init__(self.link, JsonFileStore(folder))
+        super().__init__(self.link, copies or JsonFileStore(folder), deleted_s=deleted_s)
 
     async def aclose(self) -> None:
         await super().aclose()

@@ -57,7 +57,9 @@ SHELVES = f"{SUBJECT}.shelf"
 STREAM = "AI_AGENT_SERVER_STATE"
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})
 STREAM_FULL = frozenset({10077, 10047, 10023})
-"""JetStream's error codes: another write came first; no more bytes for the stream, or the account."""
+NO_TTL = 10166
+"""JetStream's error codes: another write came first; no more bytes for the stream, or the account; no
+message of the stream may expire."""
 
 WRITE_S = 10.0
 """How long a write is tried again while nobody said whether it took place."""
@@ -65,6 +67,11 @@ RETRY_PAUSE_S = 0.2
 CATCH_UP_S = 60.0
 HEARTBEAT_S = 2.0
 COPY_AGAIN_S = 1.0
+WATCH_AGAIN_S = 1.0
+DELETED_S = 30 * 86_400
+"""For so long the stream says that a task was deleted, to servers that are away: one that is away for
+longer brings it back."""
+TTL = "Nats-TTL"
 HEADER_BYTES = 128
 """At most what the condition of a write adds to it."""
 COMPRESS_BYTES = 64 * 1024
@@ -85,6 +92,8 @@ def stream(size_bytes: int) -> StreamConfig:
         # A full stream refuses a change; it never drops a task.
         discard=DiscardPolicy.NEW,
         max_bytes=size_bytes,
+        # Of what was deleted; a nats-server before 2.11 keeps it for ever.
+        allow_msg_ttl=True,
     )
 
 
@@ -117,9 +126,10 @@ class NatsTaskStore:
     back.
     """
 
-    def __init__(self, link: Link, copies: TaskStore) -> None:
+    def __init__(self, link: Link, copies: TaskStore, *, deleted_s: int = DELETED_S) -> None:
         self._link = link
         self._copies = copies
+        self._deleted_s = deleted_s
         self._copied: set[str] = set()
         self._behind: set[str] = set()
         self._stirred = asyncio.Event()
@@ -128,6 +138,9 @@ class NatsTaskStore:
         self._sequences: dict[str, int] = {}
         self._last_sequence = 0
         self._incarnation = ""
+        self._must_bring = False
+        self._problem = ""
+        """Why other servers' tasks are not followed at the moment."""
         self._is_open = False
         self._writing: dict[str, asyncio.Task[None]] = {}
         self._deferred: dict[str, tuple[int, bytes]] = {}
@@ -256,13 +269,13 @@ class NatsTaskStore:
         ended = self._index.ended(task_id)
         held = await self._fetch(task_id)
         try:
-            sequence = await self._put(f"{TASKS}.{task_id}", b"", held.sequence)
+            sequence = await self._put(f"{TASKS}.{task_id}", b"", held.sequence, ttl_s=self._deleted_s)
         except _CameFirstError:
             raise TaskNotFoundError(task_id) from None  # an ended task changes in no other way
         self._sequences[task_id] = sequence
         self._drop(task_id)
         if ended.idempotency_key is not None:
-            await self._put(_key_subject(ended.idempotency_key), b"", None)
+            await self._put(_key_subject(ended.idempotency_key), b"", None, ttl_s=self._deleted_s)
 
     async def not_found(self, task_id: str) -> TaskNotFoundError:
         """What to raise for a task that is not here: the copies know what was archived on this machine."""
@@ -279,9 +292,9 @@ class NatsTaskStore:
         return msgspec.structs.replace(
             copies,
             kind="nats_store",
-            ok=copies.ok and connected,
+            ok=copies.ok and connected and not self._problem,
             tasks=len(self._index),
-            detail=copies.detail if connected else f"not connected to {self._link.url}",
+            detail=(self._problem or copies.detail) if connected else f"not connected to {self._link.url}",
         )
 
     # --- writing ---
@@ -317,13 +330,17 @@ class NatsTaskStore:
             if deferred is not None:
                 self._take(task_id, *deferred)
 
-    async def _put(self, subject: str, content: bytes, sequence: int | None) -> int:
-        """Put `content` at `subject` if its last message is `sequence` (None: in any case).
+    async def _put(
+        self, subject: str, content: bytes, sequence: int | None, *, ttl_s: int | None = None
+    ) -> int:
+        """Put `content` at `subject`, for `ttl_s`, if its last message is `sequence` (None: in any case).
 
         An attempt of which nobody said how it ended is made again, with the same condition: one that
         took place after all is recognised by its content.
         """
         headers = {} if sequence is None else {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(sequence)}
+        if ttl_s is not None:
+            headers[TTL] = f"{ttl_s}s"
         problem = ""
         with suppress(TimeoutError):
             async with asyncio.timeout(WRITE_S):
@@ -341,6 +358,8 @@ class NatsTaskStore:
                             if there is not None and there[1] == content:
                                 return there[0]
                             raise _CameFirstError from None
+                        if exc.err_code == NO_TTL and headers.pop(TTL, None) is not None:
+                            continue  # a stream that somebody made otherwise: it is kept for ever there
                         if exc.err_code in STREAM_FULL:
                             raise StoreFullError(f"NATS has no space: {exc.description}") from exc
                         problem = str(exc.description)
@@ -383,9 +402,11 @@ class NatsTaskStore:
     async def _newest(self, task_id: str) -> _Held | None:
         """The task as the stream has it, taken note of; None when it has none."""
         message = await self._message(f"{TASKS}.{task_id}")
-        if message is None or not message[1]:
-            if message is not None:
-                self._sequences[task_id] = max(message[0], self._sequences.get(task_id, 0))
+        if message is None:
+            self._sequences.pop(task_id, None)  # also what said that it was deleted has expired
+            return None
+        if not message[1]:
+            self._sequences[task_id] = max(message[0], self._sequences.get(task_id, 0))
             return None
         self._take(task_id, *message)
         return _Held(_decoded(task_id, message[1]), message[0])
@@ -407,6 +428,11 @@ class NatsTaskStore:
             except (Error, OSError, TimeoutError, ChannelError) as exc:
                 if not session.is_lost:
                     log.info("store.watch_rebuilt", problem=told(exc))
+            except Exception as exc:
+                # Without this loop the server would know of nothing that others write, and not say so.
+                self._problem = f"other servers' tasks are not followed: {type(exc).__name__}"
+                log.exception("store.watch_failed", again_s=WATCH_AGAIN_S)
+                await asyncio.sleep(WATCH_AGAIN_S)
             await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _follow(self, session: Session) -> None:
@@ -419,6 +445,7 @@ class NatsTaskStore:
             self._index, self._last_sequence = TaskIndex(), 0
             self._live.clear()
             self._sequences.clear()
+            self._must_bring = True
         self._incarnation = incarnation
         inbox = session.client.new_inbox()
         news = _News(self)
@@ -440,8 +467,10 @@ class NatsTaskStore:
             info = await session.or_lost(session.jetstream.add_consumer(STREAM, wanted), REQUEST_TIMEOUT_S)
             if not info.num_pending:
                 self._caught_up.set()
-            if was_lost:
+            if self._must_bring:
                 await self._bring_along()
+                self._must_bring = False
+            self._problem = ""
             while True:
                 news.stirred.clear()
                 await session.or_lost(news.stirred.wait(), 2.5 * HEARTBEAT_S)
@@ -621,7 +650,13 @@ class _News:
             self._gap = True
         if not self._gap:
             self._last += 1
-            self._store.told(message.subject, meta.sequence.stream, message.data, pending=meta.num_pending)
+            try:
+                self._store.told(
+                    message.subject, meta.sequence.stream, message.data, pending=meta.num_pending
+                )
+            except Exception:
+                # The client library would swallow it.
+                log.exception("store.news_failed", subject=message.subject)
 
     def check(self) -> None:
         """Raises `ChannelError` after a gap."""

@@ -1,5 +1,6 @@
 """The one exchange with an LLM that a step may have: routed, bounded, counted, told of."""
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from contextlib import aclosing
@@ -16,7 +17,8 @@ from ai_agent_server.core.task_packet import (
     Usage,
 )
 from ai_agent_server.errors import AgentServerError, EngineProtocolError
-from ai_agent_server.llm_engines.base import JoinedStream, LLMEngine
+from ai_agent_server.llm_engines.base import JoinedStream
+from ai_agent_server.load_balancer.base import SendingLLM, Source
 from ai_agent_server.load_balancer.estimate import input_tokens
 
 PROGRESS_EVERY_S = 0.25
@@ -79,7 +81,7 @@ class Exchange:
         hints: RouteHints,
         privacy: Privacy,
         max_tokens: int,
-        llm: LLMEngine,
+        llm: SendingLLM,
         senders: Senders,
         price: Callable[[str, ChatUsage], float],
         monotonic: Callable[[], float],
@@ -90,6 +92,7 @@ class Exchange:
         self._llm, self._price, self._monotonic, self._tell = llm, price, monotonic, tell
         self._senders = senders
         self._used = False
+        self._sent_to: tuple[str, Source] | None = None
         self.call: LLMCall | None = None
 
     async def chat(self, request: ChatRequest) -> ChatReply:
@@ -105,10 +108,11 @@ class Exchange:
         joined = JoinedStream()
         began = self._monotonic()
         first_token_s, told_s, pieces, chars = 0.0, 0.0, 0, 0
+        was_read = False
         grant = self._senders.admit(self._packet, request.route, tokens=prompt_tokens + max_tokens)
         request = msgspec.structs.replace(request, route=grant.hints)
         try:
-            async with aclosing(self._llm.stream(request)) as deltas:
+            async with aclosing(self._llm.stream(request, sent=self._note_sent)) as deltas:
                 async for delta in deltas:
                     if pieces >= max_tokens + SLACK_PIECES and delta.finish_reason is None:
                         # The engine does not heed its bound, so the bound is kept here.
@@ -125,9 +129,15 @@ class Exchange:
                     if elapsed_s - told_s >= PROGRESS_EVERY_S:
                         told_s = elapsed_s
                         self._progress(joined, pieces, elapsed_s)
+        except asyncio.CancelledError:
+            if not pieces and self._sent_to is not None:
+                # Whoever had the request has read the prompt, though it had said nothing.
+                joined.llm, joined.source = self._sent_to
+                was_read = True
+            raise
         finally:
             # Also when it broke or was cut off: what was used was used.
-            if pieces or joined.finish_reason is not None:
+            if was_read or pieces or joined.finish_reason is not None:
                 self.call = self._record(
                     joined,
                     digest,
@@ -142,6 +152,9 @@ class Exchange:
         # A model that is cut in the middle of a pair leaves half of it, which is no text.
         text = reply.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return msgspec.structs.replace(reply, text=text)
+
+    def _note_sent(self, llm: str, source: Source) -> None:
+        self._sent_to = llm, source
 
     def _bounded(self, request: ChatRequest, prompt_tokens: int) -> tuple[ChatRequest, int]:
         """The request with what is left of the task's limits, and how many tokens its answer may have."""

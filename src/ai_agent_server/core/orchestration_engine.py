@@ -90,7 +90,7 @@ from ai_agent_server.errors import (
     TaskNotFoundError,
     UnknownRoleError,
 )
-from ai_agent_server.llm_engines.base import LLMEngine
+from ai_agent_server.load_balancer.base import SendingLLM
 from ai_agent_server.sandbox.base import Sandbox
 from ai_agent_server.tasks_state.base import TaskFilter, TaskPage, TaskStore
 
@@ -146,7 +146,7 @@ class OrchestrationEngine:
         profiles: Mapping[str, Profile],
         store: TaskStore,
         leases: Leases,
-        llm: LLMEngine,
+        llm: SendingLLM,
         senders: Senders | None = None,
         sandbox: Sandbox,
         clock: Callable[[], datetime],

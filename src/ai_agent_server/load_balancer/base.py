@@ -147,12 +147,16 @@ class BalancingStrategy(Protocol):
         ...
 
 
-class BalancedLLM(Protocol):
-    """Many LLMs as one: an `LLMEngine` that also says whom it asks, before a token does."""
+class SendingLLM(Protocol):
+    """Many LLMs as one, which says whom it asks before a token does."""
 
     def stream(self, request: ChatRequest, *, sent: Sent | None = None) -> AsyncGenerator[ChatDelta, None]:
         """See `LLMEngine.stream`."""
         ...
+
+
+class BalancedLLM(SendingLLM, Protocol):
+    """One that also counts tokens."""
 
     async def count(self, request: ChatRequest) -> int | None:
         """The prompt's tokens by the LLM that would serve `request`; None where it cannot tell them soon."""

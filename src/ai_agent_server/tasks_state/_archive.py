@@ -7,6 +7,9 @@ behind that is cut off by the next batch, and its tasks are still where they wer
 
 import gzip
 import os
+import re
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +24,7 @@ ARCHIVE = "archive"
 """The folder below the state folder."""
 _TEXT = ".jsonl.gz"
 _INDEX = ".index"
+_TASK_ID = re.compile(rb'"([0-9a-f-]{36})"')
 _lines = msgspec.json.Encoder()
 _packets = msgspec.json.Decoder(TaskPacket)
 
@@ -40,6 +44,13 @@ class Month(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
 
 
+class _Contents(msgspec.Struct, frozen=True):
+    """What is remembered of an index, eight bytes a task: the file's time and size, and the marks."""
+
+    stamp: tuple[int, int]
+    marks: "array[int]"
+
+
 _batches = msgspec.json.Decoder(Batch)
 
 
@@ -48,6 +59,7 @@ class Archive:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._contents: dict[Path, _Contents] = {}
 
     def add(self, packets: Sequence[TaskPacket]) -> None:
         """Keep ended tasks; they are safe when this returns. Raises `StoreError` children.
@@ -62,9 +74,21 @@ class Archive:
         """The file that has the task, "" when none has. Raises `StoreError` children."""
         with translated(self.folder):
             for index in self._indexes():
-                if f'"{task_id}"'.encode() in _whole_lines(index):
+                if self._may_name(index, task_id) and f'"{task_id}"'.encode() in _whole_lines(index):
                     return str(self._text(index))
         return ""
+
+    def _may_name(self, index: Path, task_id: str) -> bool:
+        """False where the index does not. It is read again only where the file has changed."""
+        status = index.stat()
+        stamp = status.st_mtime_ns, status.st_size
+        known = self._contents.get(index)
+        if known is None or known.stamp != stamp:
+            marks = sorted(map(_mark, _TASK_ID.findall(_whole_lines(index))))
+            known = self._contents[index] = _Contents(stamp, array("Q", marks))
+        mark = _mark(task_id.encode())
+        at = bisect_left(known.marks, mark)
+        return at < len(known.marks) and known.marks[at] == mark
 
     def read(self, task_id: str) -> TaskPacket | None:
         """The task as it was when it was archived, the newest if its id was used again."""
@@ -148,6 +172,11 @@ class Archive:
         if tuple(packet.task_id for packet in found) != batch.task_ids:
             raise CorruptTaskError(f"{text} at byte {start}: not the tasks that its index names")
         return found
+
+
+def _mark(task_id: bytes) -> int:
+    """The half of a UUID that is random."""
+    return int(task_id.replace(b"-", b"")[16:], 16)
 
 
 def _month(packet: TaskPacket) -> str:
