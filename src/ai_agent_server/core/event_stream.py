@@ -67,14 +67,17 @@ class EventStream(ASGIResponse):
         loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
         deadline = Deadline(loop, lambda: limit.reschedule(loop.time()))
         try:
-            async with limit, aclosing(self._frames) as frames:
-                async for frame in frames:
-                    deadline.start(self._write_timeout_s)
-                    try:
-                        await send({"type": "http.response.body", "body": frame, "more_body": True})
-                    finally:
-                        deadline.stop()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async with limit:
+                async with aclosing(self._frames) as frames:
+                    async for frame in frames:
+                        deadline.start(self._write_timeout_s)
+                        try:
+                            await send({"type": "http.response.body", "body": frame, "more_body": True})
+                        finally:
+                            deadline.stop()
+                # The server takes a frame and only then waits until it is read: so for the last one here.
+                deadline.start(self._write_timeout_s)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log.info("events.slow_reader_cut", **self._about)
         finally:
