@@ -14,6 +14,7 @@ from ai_agent_server.errors import (
     EngineUnreachableError,
 )
 from ai_agent_server.llm_engines import _plain_posts
+from ai_agent_server.llm_engines._event_source import EventSource
 from ai_agent_server.llm_engines._pace import Pace
 from ai_agent_server.llm_engines._plain_posts import PlainPosts
 from ai_agent_server.llm_engines.base import EngineTimeouts
@@ -286,3 +287,97 @@ async def test_a_header_does_not_break_out_of_its_line() -> None:
         with pytest.raises(EngineRequestError, match="a line's end"):
             await asked.post(b"{}", pace(), {})
     assert not server.requests
+
+
+UNREAD = b"x" * 32 * 1024 * 1024
+"""More than the sockets between take."""
+
+
+@asynccontextmanager
+async def answering_unread(answer: bytes, *, is_half_closed: bool = False) -> AsyncIterator[Server]:
+    """A server that answers to a request's head, and reads no more."""
+    is_over = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        if is_half_closed:
+            writer.write_eof()
+        await is_over.wait()
+
+    server = Server(serve)
+    async with listening(server):
+        try:
+            yield server
+        finally:
+            is_over.set()
+
+
+async def test_a_connection_whose_server_did_not_read_all_of_a_request_serves_no_other() -> None:
+    async with answering_unread(WHOLE) as server, posts(server.url) as asked, asyncio.timeout(25):
+        assert await whole(asked, UNREAD) == b"ok"
+        assert await whole(asked) == b"ok"
+        assert server.connections == 2
+
+
+async def test_an_answer_ends_with_what_its_server_sends_though_it_read_not_all_of_the_request() -> None:
+    async with (
+        answering_unread(b"HTTP/1.1 200 OK\r\n\r\nok", is_half_closed=True) as server,
+        posts(server.url) as asked,
+        asyncio.timeout(25),
+    ):
+        assert await whole(asked, UNREAD) == b"ok"
+
+
+@asynccontextmanager
+async def answering_without_end(beginning: bytes, more: bytes) -> AsyncIterator[Server]:
+    """A server that goes on with `more` until it is left."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await server.request(reader)
+        writer.write(beginning)
+        while True:
+            writer.write(more)
+            await writer.drain()
+
+    server = Server(serve)
+    async with listening(server):
+        yield server
+
+
+@pytest.mark.parametrize("beside", [b"2\r\nok\r\n0\r\n", b"2\r\nok\r\n2;"], ids=["trailers", "chunk"])
+async def test_what_comes_beside_a_body_is_bounded(beside: bytes) -> None:
+    beginning = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + beside
+    async with (
+        answering_without_end(beginning, b"x" * 65536) as server,
+        posts(server.url) as asked,
+        asyncio.timeout(25),
+    ):
+        with pytest.raises(EngineProtocolError, match="was cut"):
+            await whole(asked)
+
+
+async def test_a_server_that_sends_without_end_and_says_nothing_runs_out_of_time() -> None:
+    async with (
+        answering_without_end(b"HTTP/1.1 200 OK\r\n\r\n", b": I am here\n\n" * 5000) as server,
+        posts(server.url) as asked,
+        asyncio.timeout(25),
+    ):
+        timed = Pace(EngineTimeouts(first_token_s=0.2), "it")
+        answer = await asked.post(b"{}", timed, {})
+        with pytest.raises(EngineTimeoutError):
+            while await answer.read(timed):
+                pass
+        answer.close()
+
+
+async def test_a_password_without_a_name_is_told() -> None:
+    done = b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\ndata: [DONE]\n\n"
+    async with answering(done) as server:
+        url = server.url.replace("127.0.0.1", ":secret@127.0.0.1")
+        source = EventSource(url, headers={}, engine="it", timeouts=TIMEOUTS)
+        with pytest.raises(EngineProtocolError, match="finish_reason"):
+            async for _ in source.deltas({}, pace()):
+                pass
+        await source.aclose()
+    assert b"Authorization: Basic OnNlY3JldA==" in server.requests[0]

@@ -121,7 +121,8 @@ def _posts(
     trust_env: bool,
     keep_alive: bool,
 ) -> Posts:
-    if url.scheme == "http" and url.host and url.user is None and not trust_env:
+    is_open = url.user is None and url.password is None
+    if url.scheme == "http" and url.host and is_open and not trust_env:
         return PlainPosts(url, headers=headers, engine=engine, timeouts=timeouts, keep_alive=keep_alive)
     return AiohttpPosts(
         url, headers=headers, engine=engine, timeouts=timeouts, trust_env=trust_env, keep_alive=keep_alive

@@ -25,7 +25,8 @@ from ai_agent_server.llm_engines.base import EngineTimeouts
 __all__ = ("PlainPosts",)
 
 KEPT_FOR_S = 30.0
-MAX_HEAD_BYTES = 64 * 1024
+MAX_BARE_BYTES = 64 * 1024
+"""So much may come without a piece of the body: of a head, of trailers, of what is beside a chunk."""
 AHEAD_BYTES = 256 * 1024
 """So much is read before the reader wants it; then the server has to wait."""
 
@@ -140,7 +141,7 @@ class _Connection(asyncio.Protocol):
         self._fault: BaseException | None = None
         self._fields: list[tuple[bytes, bytes]] = []
         self._pieces: list[bytes] = []
-        self._head_bytes = self._ahead_bytes = 0
+        self._bare_bytes = self._ahead_bytes = 0
         self._is_paused = False
 
     # As `Answer`
@@ -175,7 +176,8 @@ class _Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """See `Answer.close`."""
-        if self.is_over and self._may_serve_again:
+        # One that answered before it was asked to the end may never read the rest.
+        if self.is_over and self._may_serve_again and not self._transport.get_write_buffer_size():
             self._renew(is_asked=False)
             self._posts.keep(self)
         else:
@@ -199,6 +201,7 @@ class _Connection(asyncio.Protocol):
 
     def drop(self) -> None:
         """Close it at once."""
+        self._may_serve_again = False
         self._posts.forget(self)
         self._transport.abort()
 
@@ -206,6 +209,8 @@ class _Connection(asyncio.Protocol):
         """Wait until something came. Raises what the answer broke with."""
         if self._fault is not None:
             raise self._broken(self._fault) from self._fault
+        if pace.left_s <= 0:
+            raise pace.expired()  # bytes without end come before any timer
         began_s = self._loop.time()
         self._waiter = self._loop.create_future()
         self._deadline.start(pace.left_s)
@@ -245,24 +250,23 @@ class _Connection(asyncio.Protocol):
         if not self._is_asked or self._is_whole:
             self.drop()  # nobody asked for them: what comes next could not be told from an answer
             return
+        self._bare_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self._break(exc)
             return
-        if not self.status:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._break(ValueError("the head is larger than 64 KiB"))
-        elif self._ahead_bytes > AHEAD_BYTES and not self._is_paused:
+        if self._bare_bytes > MAX_BARE_BYTES:
+            self._break(ValueError("64 KiB came without a piece of the body"))
+            return
+        if self._ahead_bytes > AHEAD_BYTES and not self._is_paused:
             self._is_paused = True
             self._transport.pause_reading()
         self._tell(True)
 
     def eof_received(self) -> None:
-        """The server sends no more. asyncio closes what is left of it."""
-        self._may_serve_again = False
-        self._posts.forget(self)
+        """The server sends no more: what it has not read of the request is in vain."""
+        self.drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is closed, by whomever."""
@@ -308,6 +312,7 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
+        self._bare_bytes = 0
         if not self._is_whole:
             self._pieces.append(body)
             self._ahead_bytes += len(body)
