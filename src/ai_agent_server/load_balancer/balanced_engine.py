@@ -667,7 +667,7 @@ def _room(wanted: Requirements) -> int:
 
 
 def _of_any_length(wanted: Requirements) -> Requirements:
-    return msgspec.structs.replace(wanted, input_tokens=0, output_tokens=0)
+    return msgspec.structs.replace(wanted, input_tokens=0)
 
 
 def _is_the_askers(error: EngineError) -> bool:
