@@ -392,17 +392,19 @@ async def vectors(
     caller: Caller = USING,
     meanwhile: Callable[[], None] = lambda: None,
     llm: str = "embedded",
+    size_bytes: int = 4,
 ) -> str:
     """`hit` or `miss`."""
     kept = world.cache.vectors(EmbeddingRequest(inputs=texts, route=RouteHints(llm="embedded")), caller)
     assert kept is not None
+    vector = b"\0\0\x80?" * (size_bytes // 4)
 
     async def ask() -> EmbeddingReply:
         meanwhile()
-        return EmbeddingReply(vectors=(b"\0\0\x80?",), usage=ChatUsage(input_tokens=3), llm=llm)
+        return EmbeddingReply(vectors=(vector,), usage=ChatUsage(input_tokens=3), llm=llm)
 
     reply = await kept.reply(ask)
-    assert (reply.vectors, reply.usage.input_tokens) == ((b"\0\0\x80?",), 3)
+    assert (reply.vectors, reply.usage.input_tokens) == ((vector,), 3)
     return kept.outcome
 
 
@@ -415,6 +417,14 @@ async def test_vectors_are_kept_for_the_same_texts_in_their_order_key_and_time(w
     world.now_s += world.settings.gateway.cache.ttl_s
     assert await vectors(world, "a", "b") == "miss"
     assert world.cache.vectors(EmbeddingRequest(inputs=("a",)), Caller(key="laptop", cache="off")) is None
+
+
+async def test_what_is_larger_than_the_cache_leaves_the_others_there(world: World) -> None:
+    world.bound(max_mb=0.01)
+    await vectors(world, "a")
+    for _ in range(2):
+        assert await vectors(world, "many", size_bytes=20_000) == "miss"
+    assert await vectors(world, "a") == "hit"
 
 
 async def test_vectors_of_a_model_that_was_changed_meanwhile_or_of_another_are_not_kept(world: World) -> None:

@@ -165,6 +165,8 @@ class AnswerCache:
     def _keep(self, digest: bytes, answer: bytes, llm: str) -> None:
         self._drop(digest)
         kept = _Kept(answer=answer, llm=llm, stored_s=self._clock())
+        if kept.size_bytes > self._settings().gateway.cache.max_mb * 2**20:
+            return  # the vectors of many texts: it would take all others with it
         self._kept[digest] = kept
         self._kept_bytes += kept.size_bytes
         self._make_room()
