@@ -152,21 +152,21 @@ class Pressure:
 
     async def _keep_live(self) -> None:
         """As many tasks as wanted; those that ended are counted and deleted."""
-        gone: set[str] = set()
+        is_filled = False
         while True:
             ended = await self._get("/api/v1/tasks?profile=live&status=completed&limit=100")
             for task in ended["items"]:
                 async with self._web.delete(f"/api/v1/tasks/{task['task_id']}") as answer:
                     assert answer.status == 204, await answer.text()
-                gone.add(task["task_id"])
             self._seen.ended += len(ended["items"])
             live = (await self._get("/api/v1/metrics"))["state"]["live"]
             if self._seen.ended:
                 # The first ones end after all have begun.
                 self._seen.live_least = min(self._seen.live_least, live)
             missing = self._load.live + self._load.floods - live
-            # Not all at once: they would end together too.
-            for _ in range(min(missing, max(1, self._load.live // 20))):
+            is_filled = is_filled or missing <= 0
+            # Not all at once at first: they would end together too.
+            for _ in range(missing if is_filled else max(1, self._load.live // 20)):
                 await self._submit("words", "live", "step-0")
             await asyncio.sleep(LOOK_S)
 
