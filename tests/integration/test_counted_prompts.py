@@ -107,6 +107,14 @@ async def test_a_count_that_does_not_come_leaves_the_estimate(tokens: Exception 
     assert small.counted == 1
 
 
+@pytest.mark.parametrize("tokens", [0, -1000])
+async def test_a_count_that_no_prompt_has_leaves_the_estimate(tokens: int) -> None:
+    engine = balanced(small=(SMALL, Counter(tokens)))
+    assert await engine.count(prompt(800)) is None
+    with pytest.raises(NoLLMError, match=r"about 1\d\d\d tokens do not fit"):
+        await chat(engine, prompt(1500))
+
+
 async def test_an_llm_that_may_not_serve_or_is_elsewhere_is_not_told_the_prompt() -> None:
     off, elsewhere, other, mine = (Counter(1) for _ in range(4))
     engine = balanced(

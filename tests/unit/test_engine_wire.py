@@ -73,6 +73,12 @@ def test_what_was_not_read_again_is_a_part_of_the_prompt(details: Any, cached_to
     assert last.usage == ChatUsage(input_tokens=3, output_tokens=1, cached_tokens=cached_tokens)
 
 
+def test_fewer_tokens_than_none_are_none() -> None:
+    usage = {"prompt_tokens": -3, "completion_tokens": -1, "prompt_tokens_details": {"cached_tokens": 2}}
+    _, last = fold(choice({"content": "hi"}, "stop"), {"choices": [], "usage": usage})
+    assert last.usage == ChatUsage()
+
+
 def test_a_chunk_without_choices_carries_no_answer() -> None:
     deltas, last = fold({"choices": None}, {"choices": []}, choice({"content": "hi"}, "length"))
     assert [delta.text for delta in deltas] == ["hi"]

@@ -76,6 +76,11 @@ class ChatUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Of the input: what the engine had kept from an earlier request and did not read again."""
 
 
+def tokens_said(count: int | None) -> int:
+    """Tokens as a server tells them: one that tells of fewer than none gives nothing back to anyone."""
+    return max(0, count or 0)
+
+
 class RouteHints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the asker wants of the balancer. A single engine ignores all of it."""
 

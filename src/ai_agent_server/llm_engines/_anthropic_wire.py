@@ -16,6 +16,7 @@ from ai_agent_server.core.chat import (
     TextPart,
     ToolCall,
     ToolCallDelta,
+    tokens_said,
 )
 from ai_agent_server.errors import EngineProtocolError, EngineRequestError
 
@@ -279,9 +280,9 @@ class Answer:
         for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"):
             count = getattr(usage, name)
             if count is not None:
-                self._input[name] = count
+                self._input[name] = tokens_said(count)
         if usage.output_tokens is not None:
-            self._output_tokens = usage.output_tokens
+            self._output_tokens = tokens_said(usage.output_tokens)
 
     def _finish_reason(self, said: str) -> FinishReason:
         if said not in _STOP:

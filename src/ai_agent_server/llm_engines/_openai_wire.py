@@ -13,6 +13,7 @@ from ai_agent_server.core.chat import (
     JSONObject,
     Message,
     ToolCallDelta,
+    tokens_said,
 )
 from ai_agent_server.errors import EngineProtocolError
 from ai_agent_server.llm_engines._refusal import in_stream
@@ -158,13 +159,13 @@ def decode_chunk(event: bytes, *, engine: str) -> Chunk:
 
 
 def _counted(usage: _Usage) -> ChatUsage:
-    input_tokens = usage.prompt_tokens or 0
+    input_tokens = tokens_said(usage.prompt_tokens)
     details = usage.prompt_tokens_details
-    cached_tokens = (details.cached_tokens or 0) if details is not None else 0
+    cached_tokens = tokens_said(details.cached_tokens) if details is not None else 0
     return ChatUsage(
         input_tokens=input_tokens,
-        output_tokens=usage.completion_tokens or 0,
-        cached_tokens=max(0, min(cached_tokens, input_tokens)),
+        output_tokens=tokens_said(usage.completion_tokens),
+        cached_tokens=min(cached_tokens, input_tokens),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ai_agent_server.core.chat import ChatUsage, JSONObject
+from ai_agent_server.core.chat import ChatUsage, JSONObject, tokens_said
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import EngineProtocolError
 
@@ -48,7 +48,7 @@ def reply(answer: Embeddings, request: EmbeddingRequest, *, engine: str) -> Embe
         raise EngineProtocolError("the vectors are not numbered from 0", engine=engine)
     return EmbeddingReply(
         vectors=checked(tuple(_packed(row.embedding, engine=engine) for row in rows), request, engine=engine),
-        usage=ChatUsage(input_tokens=(answer.usage.prompt_tokens or 0) if answer.usage else 0),
+        usage=ChatUsage(input_tokens=tokens_said(answer.usage.prompt_tokens if answer.usage else None)),
         model=answer.model or "",
     )
 

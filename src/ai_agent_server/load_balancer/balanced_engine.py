@@ -337,7 +337,7 @@ class BalancedEngine:
             except EngineError as exc:
                 log.info("llm.not_counted", llm=name, why=type(exc).__name__)
             else:
-                if tokens is not None:
+                if tokens is not None and tokens > 0:
                     counts[name] = tokens
 
         with suppress(TimeoutError):

@@ -17,6 +17,7 @@ from ai_agent_server.core.chat import (
     JSONObject,
     Message,
     ToolCallDelta,
+    tokens_said,
 )
 from ai_agent_server.core.embedding import EmbeddingReply, EmbeddingRequest
 from ai_agent_server.errors import (
@@ -86,7 +87,7 @@ class OllamaEngine:
         vectors = tuple(_vectors.packed(vector, engine=name) for vector in answer.embeddings)
         return EmbeddingReply(
             vectors=_vectors.checked(vectors, request, engine=name),
-            usage=ChatUsage(input_tokens=answer.prompt_eval_count or 0),
+            usage=ChatUsage(input_tokens=tokens_said(answer.prompt_eval_count)),
             model=answer.model or "",
         )
 
@@ -298,7 +299,9 @@ class _Answer:
             text=message.content or "",
             tool_calls=calls,
             finish_reason=self._finish(line.done_reason) if self.done else None,
-            usage=ChatUsage(input_tokens=line.prompt_eval_count or 0, output_tokens=line.eval_count or 0)
+            usage=ChatUsage(
+                input_tokens=tokens_said(line.prompt_eval_count), output_tokens=tokens_said(line.eval_count)
+            )
             if self.done
             else None,
             model=line.model or "",
