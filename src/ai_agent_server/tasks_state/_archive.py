@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from ai_agent_server.core.task_packet import TaskPacket
+from ai_agent_server.core.task_packet import TaskPacket, is_task_id
 from ai_agent_server.durable import sync_folder, translated, write_all
 from ai_agent_server.errors import CorruptTaskError, StoreUnusableError
 
@@ -24,7 +24,7 @@ ARCHIVE = "archive"
 """The folder below the state folder."""
 _TEXT = ".jsonl.gz"
 _INDEX = ".index"
-_TASK_ID = re.compile(rb'"([0-9a-f-]{36})"')
+_TASK_ID = re.compile(rb'"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"')
 _lines = msgspec.json.Encoder()
 _packets = msgspec.json.Decoder(TaskPacket)
 
@@ -72,6 +72,8 @@ class Archive:
 
     def place(self, task_id: str) -> str:
         """The file that has the task, "" when none has. Raises `StoreError` children."""
+        if not is_task_id(task_id):
+            return ""
         with translated(self.folder):
             for index in self._indexes():
                 if self._may_name(index, task_id) and f'"{task_id}"'.encode() in _whole_lines(index):
