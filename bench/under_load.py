@@ -78,6 +78,7 @@ class Seen(msgspec.Struct, kw_only=True):
     cut: int = 0
     """How often the server cut one of them."""
     live_least: int = 10**9
+    """Once they were all there."""
 
 
 def configuration(folder: Path, llm_url: str, load: Load) -> Path:
@@ -160,8 +161,7 @@ class Pressure:
                     assert answer.status == 204, await answer.text()
             self._seen.ended += len(ended["items"])
             live = (await self._get("/api/v1/metrics"))["state"]["live"]
-            if self._seen.ended:
-                # The first ones end after all have begun.
+            if is_filled:
                 self._seen.live_least = min(self._seen.live_least, live)
             missing = self._load.live + self._load.floods - live
             is_filled = is_filled or missing <= 0
