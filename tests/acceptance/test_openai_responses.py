@@ -3,14 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import openai
 import pytest
 import pytest_asyncio
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from tests.servers.gateway import free_port
 from tests.servers.openai_double import OpenAIDouble
@@ -257,7 +257,7 @@ async def _read(client: openai.AsyncOpenAI, *, stream: bool) -> None:
 class Person(BaseModel):
     """What is extracted."""
 
-    name: str
+    name: Annotated[str, Field(max_length=40)]
     age: int
 
 

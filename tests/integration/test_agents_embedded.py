@@ -44,8 +44,7 @@ def model(engine: LlamaCppEngine) -> Model:
 
 async def test_a_small_task_is_planned_written_tested_and_accepted(model: Model) -> None:
     task = Task("developer", "planner", ADD)
-    planned = await task.run("planner", model)
-    assert planned.output is not None and planned.output["plan"]
+    assert (await _until_usable(task, "planner", model))["plan"]
     written = await task.run("fast-coder", model)
     assert written.artifact is not None
     tested = await task.run("qa", model, options={})

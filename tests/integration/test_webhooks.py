@@ -86,6 +86,15 @@ async def submitted(http: Any, url: str, *events: str, **more: Any) -> str:
     return task_id
 
 
+async def in_its_step(http: Any, task_id: str) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            history = (await http.get(f"/api/v1/tasks/{task_id}")).json()["history"]
+            if history[-1]["type"] == "step.started":
+                return
+            await asyncio.sleep(0.02)
+
+
 async def told(http: Any, met: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """What the metrics tell of webhooks, once it is so."""
     async with asyncio.timeout(DEADLINE_S):
@@ -138,10 +147,11 @@ async def test_what_was_not_delivered_is_delivered_after_a_kill(tmp_path: Path) 
 
 async def test_what_was_delivered_long_ago_and_what_a_fork_copied_is_not_told_again(tmp_path: Path) -> None:
     async with receiving() as receiver:
-        server = server_for(tmp_path, receiver, delay_s=2)
+        server = server_for(tmp_path, receiver, delay_s=5)
         wanted = ["task.paused", "step.finished", "task.completed"]
         async with server, server.http() as http:
             origin = await submitted(http, f"{receiver.url}/hooks", *wanted)
+            await in_its_step(http, origin)
             paused = await http.post(f"/api/v1/tasks/{origin}/pause")
             assert paused.status_code == 200, paused.text
             await told(http, lambda found: found["delivered"] == 2 and not found["pending"])
