@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from tests.servers.listener import listening
+
 FIRST_PIECE_S = 0.1
 
 
@@ -91,26 +93,9 @@ async def dribbling(
 ) -> AsyncIterator[Dribbler]:
     """One on loopback. Whoever listens to it at the end is cut off."""
     llm = Dribbler(pieces=pieces, piece_s=piece_s)
-    connections: set[asyncio.Task[None]] = set()
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connections.add(task)
-        try:
-            await llm.answer(reader, writer)
-        finally:
-            connections.discard(task)
-
-    listener = await asyncio.start_server(connected, "127.0.0.1", port, backlog=1024)
-    llm.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
-    try:
+    async with listening(llm.answer, port=port, backlog=1024) as address:
+        llm.url = f"{address}/v1"
         yield llm
-    finally:
-        listener.close()
-        for task in tuple(connections):
-            task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
 
 
 async def _serve(port: int, pieces: int, piece_s: float) -> None:

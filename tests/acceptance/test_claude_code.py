@@ -11,7 +11,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from tests.servers.process import SCRIPT, ServerProcess, packaged
+from tests.servers.process import SCRIPT, ServerProcess, outputs, packaged
 
 PAGE = (Path(__file__).parents[2] / "doc" / "how_to" / "claude_code.md").read_text()
 (CONFIGURATION,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
@@ -87,11 +87,6 @@ async def test_claude_code_reads_a_file_and_answers(tmp_path: Path) -> None:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        try:
-            out, _ = await asyncio.wait_for(child.communicate(), RUN_S)
-        finally:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
+        out, _ = await outputs(child, RUN_S)
     assert child.returncode == 0, out.decode()
     assert "The cargo is forty-two." in out.decode()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.servers.process import SCRIPT, ServerProcess, write_config
+from tests.servers.process import SCRIPT, ServerProcess, outputs, write_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -64,12 +64,7 @@ async def run(*command: str, folder: Path, **environ: str) -> str:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    try:
-        out, _ = await asyncio.wait_for(child.communicate(), RUN_S)
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
+    out, _ = await outputs(child, RUN_S)
     assert child.returncode == 0, out.decode()[-3000:]
     return out.decode()
 

@@ -21,7 +21,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp_types import TextResourceContents
 
 from tests.servers.gateway import free_port
-from tests.servers.process import ServerProcess, scripted, write_config
+from tests.servers.process import ServerProcess, outputs, scripted, write_config
 
 Era = Literal["auto", "legacy"]
 ERAS = pytest.mark.parametrize("era", ["auto", "legacy"])
@@ -291,7 +291,7 @@ async def test_what_the_page_shows_works(tmp_path: Path) -> None:
                 continue
             words[-1] = words[-1].replace("http://127.0.0.1:3160", server.url)
             child = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
-            out, _ = await asyncio.wait_for(child.communicate(), LIMIT_S)
+            out, _ = await outputs(child, LIMIT_S)
             assert child.returncode == 0
             assert b"billing" in out
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.servers.process import ServerProcess, write_config
+from tests.servers.process import ServerProcess, outputs, write_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -65,13 +65,7 @@ async def test_the_protocols_own_suite_finds_nothing_wrong(
         "--spec-version", revision,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    try:
-        async with asyncio.timeout(RUN_S):
-            output, _ = await child.communicate()
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
+    output, _ = await outputs(child, RUN_S)
     told = output.decode()
     assert re.search(r"Passed: \d+/\d+", told), told
     faults = re.findall(r"^ *Error: (.*)$", told, re.MULTILINE)

@@ -1,7 +1,6 @@
 """The document of OpenAI's surface holds for a real server, whatever it is sent."""
 
 import asyncio
-import contextlib
 import re
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers.process import SCRIPT, ServerProcess, write_config
+from tests.servers.process import SCRIPT, ServerProcess, outputs, write_config
 
 LIMIT_S = 280
 
@@ -34,12 +33,7 @@ async def test_whatever_schemathesis_sends_the_answer_is_documented(
             "--generation-database", "none", "--request-timeout", "30", "--warnings", "off",
             cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        try:
-            async with asyncio.timeout(LIMIT_S):
-                output, _ = await schemathesis.communicate()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                schemathesis.kill()
+        output, _ = await outputs(schemathesis, LIMIT_S)
     assert schemathesis.returncode == 0, output.decode()
     tested = re.search(r"Tested: (\d+)", output.decode())
     assert tested

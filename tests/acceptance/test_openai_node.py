@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from tests.servers.process import SCRIPT, ServerProcess, write_config
+from tests.servers.process import SCRIPT, ServerProcess, outputs, write_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -74,13 +74,7 @@ async def node(*arguments: str) -> str:
         "node", *arguments,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    try:
-        async with asyncio.timeout(RUN_S):
-            output, errors = await child.communicate()
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
+    output, errors = await outputs(child, RUN_S)
     assert child.returncode == 0, errors.decode()
     return output.decode()
 

@@ -20,6 +20,7 @@ from ai_agent_server.core.api_schemas import INTERNAL, PROBLEMS, REFUSALS
 from ai_agent_server.core.chat import JSONObject
 from ai_agent_server.core.task_packet import Completed
 from tests.servers.api import Parts, serving
+from tests.servers.process import outputs
 
 LIMIT_S = 100
 
@@ -35,12 +36,7 @@ async def test_whatever_schemathesis_sends_the_answer_is_documented_and_never_a_
             "--request-timeout", "30", "--warnings", "off",
             cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        try:
-            async with asyncio.timeout(LIMIT_S):
-                output, _ = await schemathesis.communicate()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                schemathesis.kill()
+        output, _ = await outputs(schemathesis, LIMIT_S)
 
     assert schemathesis.returncode == 0, output.decode()
     tested = re.search(r"Tested: (\d+)", output.decode())

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.servers.process import ServerProcess, scripted, write_config
+from tests.servers.process import ServerProcess, outputs, scripted, write_config
 
 LABELS = ["billing", "bug"]
 CLASSIFY = {"text": "I was charged twice.", "labels": LABELS}
@@ -218,6 +218,6 @@ async def test_whatever_schemathesis_sends_a_tool_the_answer_is_documented(tmp_p
             "--request-timeout", "30", "--warnings", "off",
             cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        output, _ = await asyncio.wait_for(schemathesis.communicate(), 100)
+        output, _ = await outputs(schemathesis, 100)
     assert schemathesis.returncode == 0, output.decode()
     assert "Tested: 2" in output.decode()

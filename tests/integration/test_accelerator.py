@@ -577,15 +577,23 @@ async def test_what_has_waited_longer_than_foretold_an_api_serves_but_nothing_pr
         await asyncio.wait((background,))
 
 
+async def one_waits_in_vain(
+    engine: BalancedEngine, a: SlowEngine
+) -> tuple[asyncio.Task[ChatReply], asyncio.Task[ChatReply]]:
+    """The one that `a` answers, and the one that waits past its time while no API may serve it."""
+    await engine.set_toggle("api", False)
+    a.go.clear()
+    first = ask(engine, "a", allowed=["a"])
+    await until(lambda: a.running == 1)
+    waits = ask(engine, "a", "waits")
+    await until(lambda: len(view(engine).queue) == 1)
+    await asyncio.sleep(0.5)
+    return first, waits
+
+
 async def test_what_waited_while_no_api_could_serve_an_api_serves_once_it_can() -> None:
     async with beside_an_api(spill_after_s=0.1) as (engine, a, api):
-        await engine.set_toggle("api", False)
-        a.go.clear()
-        first = ask(engine, "a", allowed=["a"])
-        await until(lambda: a.running == 1)
-        waits = ask(engine, "a", "waits")
-        await until(lambda: len(view(engine).queue) == 1)
-        await asyncio.sleep(0.5)  # past its time: it is asked for, and nobody can
+        first, waits = await one_waits_in_vain(engine, a)
         await engine.set_toggle("api", True)
         assert (await waits).llm == "api"
         assert api.card.said == ["api: waits"]
@@ -595,13 +603,7 @@ async def test_what_waited_while_no_api_could_serve_an_api_serves_once_it_can() 
 
 async def test_what_waits_at_another_llm_since_it_is_overdue_goes_to_an_api_too() -> None:
     async with beside_an_api(0.1, "b") as (engine, a, _):
-        await engine.set_toggle("api", False)
-        a.go.clear()
-        first = ask(engine, "a", allowed=["a"])
-        await until(lambda: a.running == 1)
-        waits = ask(engine, "a", "waits")
-        await until(lambda: len(view(engine).queue) == 1)
-        await asyncio.sleep(0.5)  # past its time
+        first, waits = await one_waits_in_vain(engine, a)
         await engine.set_toggle("a", False)
         await until(lambda: [each.llm for each in view(engine).queue] == ["b"])
         await engine.set_toggle("api", True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from tests.servers.listener import listening
 from tests.servers.nats import NatsServer
 from tests.servers.process import ServerProcess, write_config
 
@@ -122,26 +123,9 @@ def _streamed(text: str) -> bytes:
 async def counting_llm(delay_s: float = 0.0) -> AsyncIterator[CountingLLM]:
     """One that runs on loopback."""
     llm = CountingLLM(delay_s)
-    connections: set[asyncio.Task[None]] = set()
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connections.add(task)
-        try:
-            await llm.answer(reader, writer)
-        finally:
-            connections.discard(task)
-
-    listener = await asyncio.start_server(connected, "127.0.0.1", 0)
-    llm.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
-    try:
+    async with listening(llm.answer) as address:
+        llm.url = f"{address}/v1"
         yield llm
-    finally:
-        listener.close()
-        for task in tuple(connections):
-            task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
 
 
 class Cluster:

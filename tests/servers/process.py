@@ -107,6 +107,17 @@ class ServerProcess:
             await self.kill()
 
 
+async def outputs(child: asyncio.subprocess.Process, within_s: float) -> tuple[bytes, bytes]:
+    """What a program printed to its end, to both its streams; it is killed where it does not end in time."""
+    try:
+        async with asyncio.timeout(within_s):
+            return await child.communicate()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+
+
 def packaged(**changes: Any) -> dict[str, Any]:
     """The packaged configuration as a document, its top-level keys replaced by `changes`.
 

@@ -44,6 +44,11 @@ class Leases(Protocol):
         ...
 
 
+def server_of(holder: str) -> str:
+    """The server's id in `holder`, which is `<server>.<process>`; "" where nobody holds."""
+    return holder.rpartition(".")[0]
+
+
 class Left(msgspec.Struct, frozen=True, kw_only=True):
     """What a server that is gone had on its shelf. `place` is what `Shelf.replace` knows it by."""
 

@@ -12,7 +12,7 @@ import structlog
 from nats.aio.msg import Msg
 from nats.errors import Error
 
-from ai_agent_server.cluster.base import Peers
+from ai_agent_server.cluster.base import Peers, server_of
 from ai_agent_server.durable import write_whole
 from ai_agent_server.errors import ChannelError
 from ai_agent_server.nats_link import REQUEST_TIMEOUT_S, Link, Session, told
@@ -71,7 +71,7 @@ class NatsLeases:
             return False
         heard = self._heard.get(holder)
         if heard is None:
-            own_past = holder.rpartition(".")[0] == self._server
+            own_past = server_of(holder) == self._server
             return own_past or now - self._listening_since > self._lease_s
         return now - heard > self._lease_s
 

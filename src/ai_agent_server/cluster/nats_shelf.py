@@ -6,11 +6,12 @@ from contextlib import asynccontextmanager
 import msgspec
 from nats.errors import Error
 from nats.js.api import Header
-from nats.js.errors import APIError, NotFoundError
+from nats.js.errors import APIError
 
-from ai_agent_server.cluster.base import Leases, Left, Shelf
+from ai_agent_server.cluster._stream import WRONG_LAST_SEQUENCE, last_message
+from ai_agent_server.cluster.base import Leases, Left, Shelf, server_of
 from ai_agent_server.errors import ChannelError, StoreError
-from ai_agent_server.nats_link import REQUEST_TIMEOUT_S, Link
+from ai_agent_server.nats_link import REQUEST_TIMEOUT_S, Link, told
 
 __all__ = ("NatsShelf",)
 
@@ -36,7 +37,7 @@ class NatsShelf:
     def __init__(self, link: Link, leases: Leases, own: Shelf, *, stream: str, subject: str) -> None:
         self._link, self._leases, self._own = link, leases, own
         self._stream, self._subject = stream, subject
-        self._server = leases.holder.rpartition(".")[0]
+        self._server = server_of(leases.holder)
 
     async def read(self) -> bytes | None:
         """See `Shelf.read`."""
@@ -50,7 +51,7 @@ class NatsShelf:
 
     def is_own(self, holder: str) -> bool:
         """See `Shelf.is_own`."""
-        return holder.rpartition(".")[0] == self._server
+        return server_of(holder) == self._server
 
     async def left(self) -> Sequence[Left]:
         """See `Shelf.left`."""
@@ -72,7 +73,7 @@ class NatsShelf:
         """See `Shelf.replace`."""
         expected = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(left.place)}
         try:
-            await self._publish(left.holder.rpartition(".")[0], content, expected)
+            await self._publish(server_of(left.holder), content, expected)
         except _CameFirstError:
             return False
         return True
@@ -84,12 +85,8 @@ class NatsShelf:
             await session.or_lost(work, REQUEST_TIMEOUT_S)
 
     async def _message(self, subject: str) -> _Message | None:
-        try:
-            async with _translated():
-                session = await self._link.session(REQUEST_TIMEOUT_S)
-                asking = session.jetstream.get_last_msg(self._stream, subject)
-                message = await session.or_lost(asking, REQUEST_TIMEOUT_S)
-        except _NothingThereError:
+        message = await last_message(self._link, self._stream, subject)
+        if message is None:
             return None
         holder = (message.headers or {}).get(HOLDER, "")
         return _Message(message.data or b"", holder, message.seq or 0)
@@ -99,23 +96,13 @@ class _CameFirstError(StoreError):
     """Somebody else wrote the document since it was read."""
 
 
-class _NothingThereError(StoreError):
-    """There is no document."""
-
-
-WRONG_LAST_SEQUENCE = frozenset({10071, 10164})
-"""JetStream's error codes for a write that another came before."""
-
-
 @asynccontextmanager
 async def _translated() -> AsyncIterator[None]:
     try:
         yield
-    except NotFoundError as exc:
-        raise _NothingThereError("NATS has no such document") from exc
     except APIError as exc:
         if exc.err_code in WRONG_LAST_SEQUENCE:
             raise _CameFirstError("another server was first") from exc
         raise StoreError(f"NATS refused: {exc.description}") from exc
     except (Error, OSError, TimeoutError, ChannelError) as exc:
-        raise StoreError(f"NATS did not answer: {str(exc) or type(exc).__name__}") from exc
+        raise StoreError(f"NATS did not answer: {told(exc)}") from exc

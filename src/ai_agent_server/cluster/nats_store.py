@@ -20,8 +20,9 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
 )
-from nats.js.errors import APIError, NotFoundError
+from nats.js.errors import APIError
 
+from ai_agent_server.cluster._stream import WRONG_LAST_SEQUENCE, last_message
 from ai_agent_server.core.task_packet import TaskEvent, TaskPacket, TaskStatus, is_task_id, summary
 from ai_agent_server.errors import (
     AgentServerError,
@@ -55,11 +56,10 @@ KEYS = f"{SUBJECT}.key"
 SHELVES = f"{SUBJECT}.shelf"
 """Beside the tasks, in the same stream: what a server leaves to the others (`NatsShelf`)."""
 STREAM = "AI_AGENT_SERVER_STATE"
-WRONG_LAST_SEQUENCE = frozenset({10071, 10164})
 STREAM_FULL = frozenset({10077, 10047, 10023})
 NO_TTL = 10166
-"""JetStream's error codes: another write came first; no more bytes for the stream, or the account; no
-message of the stream may expire."""
+"""JetStream's error codes: no more bytes for the stream, or the account; no message of the stream may
+expire."""
 
 WRITE_S = 10.0
 """How long a write is tried again while nobody said whether it took place."""
@@ -388,16 +388,8 @@ class NatsTaskStore:
     # --- reading the stream ---
 
     async def _message(self, subject: str) -> tuple[int, bytes] | None:
-        """The last message of `subject`, from the stream's leader: what was acknowledged is seen."""
-        try:
-            session = await self._link.session(REQUEST_TIMEOUT_S)
-            work = session.jetstream.get_last_msg(STREAM, subject)
-            message = await session.or_lost(work, REQUEST_TIMEOUT_S)
-        except NotFoundError:
-            return None
-        except (Error, OSError, TimeoutError, ChannelError) as exc:
-            raise StoreError(f"NATS did not answer: {told(exc)}") from exc
-        return message.seq or 0, message.data or b""
+        message = await last_message(self._link, STREAM, subject)
+        return None if message is None else (message.seq or 0, message.data or b"")
 
     async def _newest(self, task_id: str) -> _Held | None:
         """The task as the stream has it, taken note of; None when it has none."""

@@ -12,11 +12,12 @@ from typing import Literal
 import msgspec
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 
+from ai_agent_server.core.bounded_table import OTHER, entry
+
 __all__ = ("GenAICall", "GenAIMetrics", "GenAIModel")
 
 MAX_ROWS = 512
 """Combinations of labels in one histogram; what comes after them is counted as `other`."""
-OTHER = "other"
 
 DURATION_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 TOKENS = tuple(4.0**power for power in range(14))
@@ -110,13 +111,12 @@ class _Histogram:
         self._rows: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
 
     def add(self, labels: tuple[str, ...], value: float) -> None:
-        row = self._rows.get(labels)
-        if row is None:
-            labels = labels if len(self._rows) < MAX_ROWS else (OTHER,) * len(labels)
-            row = self._rows.setdefault(labels, ([0] * (len(self._bounds) + 1), [0.0]))
-        counts, total = row
+        counts, total = entry(self._rows, labels, self._new_row, most=MAX_ROWS, other=(OTHER,) * len(labels))
         counts[bisect_left(self._bounds, value)] += 1
         total[0] += value
+
+    def _new_row(self) -> tuple[list[int], list[float]]:
+        return [0] * (len(self._bounds) + 1), [0.0]
 
     def family(self) -> Metric:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)

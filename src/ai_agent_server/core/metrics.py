@@ -13,6 +13,7 @@ import msgspec
 
 from ai_agent_server.channels.base import ChannelHealth
 from ai_agent_server.config.settings import MetricNames
+from ai_agent_server.core.bounded_table import OTHER, entry
 from ai_agent_server.core.exchange import CUT
 from ai_agent_server.core.genai_metrics import GenAICall, GenAIMetrics, GenAIModel
 from ai_agent_server.core.metrics_snapshot import (
@@ -47,7 +48,6 @@ KEPT = 1024
 """The newest samples that a quantile is taken of."""
 MAX_NAMES = 256
 """Names kept apart in one table; what comes after them is counted as `other`."""
-OTHER = "other"
 
 T = TypeVar("T")
 
@@ -383,10 +383,9 @@ class _Gateway:
 
     def add(self, request: Served) -> None:
         key = (request.surface, request.tier, request.llm, request.status)
-        count = self._requests.get(key)
-        if count is None:
-            key = key if len(self._requests) < MAX_NAMES else (OTHER, OTHER, OTHER, OTHER)
-            count = self._requests.setdefault(key, [0, 0, 0])
+        count = entry(
+            self._requests, key, lambda: [0, 0, 0], most=MAX_NAMES, other=(OTHER, OTHER, OTHER, OTHER)
+        )
         count[0] += 1
         count[1] += request.input_tokens
         count[2] += request.output_tokens
@@ -430,10 +429,7 @@ class _Gateway:
 
 def _of(table: dict[str, T], name: str, new: Callable[[], T]) -> T:
     """The entry of `name`, or of `other` once the table is full."""
-    found = table.get(name)
-    if found is None:
-        found = table.setdefault(name if len(table) < MAX_NAMES else OTHER, new())
-    return found
+    return entry(table, name, new, most=MAX_NAMES, other=OTHER)
 
 
 def _count(table: dict[str, int], name: str) -> None:

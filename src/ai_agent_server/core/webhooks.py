@@ -16,7 +16,7 @@ import httpx
 import msgspec
 import structlog
 
-from ai_agent_server.cluster.base import Left, Shelf
+from ai_agent_server.cluster.base import Left, Shelf, server_of
 from ai_agent_server.config.settings import CallbackSettings, secret
 from ai_agent_server.core.callbacks import signature, target_of
 from ai_agent_server.core.chat import Privacy
@@ -253,8 +253,8 @@ class Webhooks:
                 log.warning("webhooks.not_taken_over", problem=str(exc))
 
     async def _inherit(self, left: Left) -> None:
-        server = left.holder.rpartition(".")[0]
-        await self._find(_decoded(left.content), lambda holder: holder.rpartition(".")[0] == server)
+        server = server_of(left.holder)
+        await self._find(_decoded(left.content), lambda holder: server_of(holder) == server)
         # Kept as ours before it is taken: a death between the two repeats messages, and loses none.
         self._dirty = True
         if not await self._save():

@@ -319,7 +319,9 @@ class BalancedEngine:
         near = [
             standing
             for standing in self._admission.standings.values()
-            if estimate.is_doubtful(wanted.input_tokens, standing.settings.context - _room(wanted))
+            if estimate.is_doubtful(
+                wanted.input_tokens, standing.settings.context - estimate.answer_room(wanted)
+            )
         ]
         if not near:
             return ()
@@ -659,11 +661,6 @@ def _clear(standing: Standing) -> None:
     if standing.accelerator is not None:
         standing.accelerator.recall(standing.name)
         standing.accelerator.dismiss(standing.name)
-
-
-def _room(wanted: Requirements) -> int:
-    """What of a context is for the answer."""
-    return min(wanted.output_tokens, estimate.OUTPUT_TOKENS)
 
 
 def _of_any_length(wanted: Requirements) -> Requirements:

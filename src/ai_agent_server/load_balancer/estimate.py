@@ -52,6 +52,11 @@ def is_doubtful(tokens: int, limit: int) -> bool:
     return LEAST * tokens <= limit < MOST * tokens
 
 
+def answer_room(wanted: Requirements) -> int:
+    """What of a context has to be left for the answer, in tokens."""
+    return min(wanted.output_tokens, OUTPUT_TOKENS)
+
+
 def text_tokens(text: str) -> int:
     """A text's tokens, estimated."""
     return round(_size_bytes(text) / BYTES_PER_TOKEN)

@@ -9,7 +9,7 @@ import msgspec
 
 from ai_agent_server.core.chat import Candidate, Decision
 from ai_agent_server.load_balancer.base import BalancingStrategy, LLMView, Requirements, Scored
-from ai_agent_server.load_balancer.estimate import OUTPUT_TOKENS, cost_usd, load_s, queue_s
+from ai_agent_server.load_balancer.estimate import answer_room, cost_usd, load_s, queue_s
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,7 +225,7 @@ def _context(view: LLMView, asked: Asked) -> str | None:
     wanted = asked.wanted
     counted = wanted.counted.get(view.name)
     prompt = wanted.input_tokens if counted is None else counted
-    needed = prompt + min(wanted.output_tokens, OUTPUT_TOKENS)
+    needed = prompt + answer_room(wanted)
     if needed > view.context_tokens:
         about = "about " if counted is None else ""
         return f"{about}{needed} tokens do not fit its context of {view.context_tokens}"
