@@ -9,7 +9,6 @@ makes the peer's environment.
 """
 
 import asyncio
-import gc
 import random
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ import msgspec
 import uuid_utils
 import uvloop
 
-from ai_agent_server import log
+from ai_agent_server import log, process
 from ai_agent_server.agents.base import AgentCard, AgentContext, Outcome, RoleSpec
 from ai_agent_server.assembly import members_for, strategy_for
 from ai_agent_server.cluster.alone import Alone
@@ -238,7 +237,7 @@ async def _no_file(path: str) -> bytes:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         log.configure("warning")
-        gc.freeze()  # as the serving process does
+        process.collect_rarely()
         print(uvloop.run(measure(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))
     else:
         main()

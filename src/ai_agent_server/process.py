@@ -65,6 +65,16 @@ def serve(*, config: Path | None, host: str, port: int, state_dir: Path, ready: 
         return runner.run(_serve(_listen(host, port), host, ready, parts))
 
 
+def collect_rarely() -> None:
+    """Tune the garbage collector for a process that has loaded all it needs and serves from now on.
+
+    What was loaded stays, so the collector need not go through it again and again; what requests leave
+    behind is nearly all freed without it, and a rarer look saves some 6 % of CPU.
+    """
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS)
+
+
 async def _serve(
     listener: socket.socket,
     host: str,
@@ -75,10 +85,7 @@ async def _serve(
     shown = f"[{host}]" if ":" in host else host
     with listener:
         async with parts as (server, application):
-            # All that was loaded stays: the collector need not go through it again and again.
-            # What requests leave behind is nearly all freed without it; a rarer look saves some 6 % of CPU.
-            gc.freeze()
-            gc.set_threshold(GC_ALLOCATIONS)
+            collect_rarely()
             http = _HttpServer(
                 uvicorn.Config(
                     application,

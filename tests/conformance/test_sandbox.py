@@ -53,6 +53,15 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+def work_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("ai-agent-server-run-*"))
+
+
+async def until_gone(left: set[Path]) -> None:
+    """Wait until none of `left` is there. What other tests run at the same time comes and goes by itself."""
+    await until(lambda: not any(path.exists() for path in left))
+
+
 async def test_a_program_runs_and_is_accounted_for(sandbox: Sandbox) -> None:
     report = await sandbox.run(
         {"main.py": "import sys; print('out'); print('err', file=sys.stderr)"},
@@ -182,7 +191,7 @@ async def test_runs_at_the_same_time_are_apart(sandbox: Sandbox) -> None:
 
 
 async def test_nothing_of_the_work_folder_stays(sandbox: Sandbox) -> None:
-    before = set(Path(tempfile.gettempdir()).glob("ai-agent-server-run-*"))
+    before = work_folders()
     program = (
         "import os\n"
         "os.mkdir('closed', 0)\n"
@@ -193,7 +202,7 @@ async def test_nothing_of_the_work_folder_stays(sandbox: Sandbox) -> None:
     )
     report = await sandbox.run({"main.py": program}, ("python", "main.py"), limits=LIMITS)
     assert report.verdict == "ok", report
-    assert set(Path(tempfile.gettempdir()).glob("ai-agent-server-run-*")) <= before
+    await until_gone(work_folders() - before)
 
 
 @pytest.mark.parametrize("name", ["/etc/evil", "../evil", "a/../../evil", ""])
@@ -224,7 +233,7 @@ async def test_a_killed_server_leaves_nothing_running(tier: str) -> None:
     if not (await made.probe()).works:
         pytest.skip(f"this machine has no {tier}")
     token = uuid.uuid4().hex
-    before = set(Path(tempfile.gettempdir()).glob("ai-agent-server-run-*"))
+    before = work_folders()
     server = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SERVER, tier, stdin=asyncio.subprocess.PIPE
     )
@@ -234,7 +243,7 @@ async def test_a_killed_server_leaves_nothing_running(tier: str) -> None:
     server.send_signal(signal.SIGKILL)
     await server.wait()
     await until(lambda: not processes_with(token))
-    await until(lambda: set(Path(tempfile.gettempdir()).glob("ai-agent-server-run-*")) <= before)
+    await until_gone(work_folders() - before)
 
 
 async def test_auto_takes_a_tier_that_contains_and_never_the_unsafe_one() -> None:

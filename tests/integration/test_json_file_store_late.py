@@ -24,7 +24,7 @@ from tests.integration.test_json_file_store import mounting, say
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 MODULE = f"tests.integration.{Path(__file__).stem}"
 HELD = Pace(at_once=0, quiet_s=3600, late_s=3600)
-"""Every file of a task that has not ended is late, and follows when the store closes."""
+"""Every file is late, and follows when the store closes."""
 
 
 @asynccontextmanager
@@ -117,14 +117,15 @@ async def test_late_files_follow_while_others_are_written_all_the_time(tmp_path:
         await asyncio.gather(writing, return_exceptions=True)
 
 
-async def test_a_task_that_ended_is_in_its_file_when_that_is_answered(tmp_path: Path) -> None:
+async def test_a_task_that_ended_is_read_as_it_ended_before_its_file_says_so(tmp_path: Path) -> None:
     async with opened(tmp_path / "state") as store:
         task = await started(store, await accepted(store))
-        path = path_of(store, task)
-        assert not path.exists()
         over = await canceled(store, task)
-        assert revision_in(path) == over.revision
+        assert not path_of(store, task).exists()
         assert await store.read(task.task_id) == over
+        await store.delete(task.task_id)
+        with pytest.raises(TaskNotFoundError):
+            await store.read(task.task_id)
 
 
 async def test_what_is_read_is_the_newest_whatever_the_file_says(tmp_path: Path) -> None:
@@ -148,6 +149,7 @@ async def test_a_stop_puts_every_file_in_place_and_leaves_no_journal(tmp_path: P
 
 async def test_tasks_end_while_their_late_files_make_way_for_the_next_segment(tmp_path: Path) -> None:
     """Every batch has some that end; the journal goes on in another segment at two of them."""
+    ended: list[TaskPacket] = []
 
     async def one(store: JsonFileStore, number: int) -> None:
         for turn in range(5):
@@ -155,10 +157,14 @@ async def test_tasks_end_while_their_late_files_make_way_for_the_next_segment(tm
             for _ in range(1 + (number if turn == 0 else 0) % 3):
                 task = await started(store, task)
             over = await canceled(store, task)
-            assert revision_in(path_of(store, over)) == over.revision
+            assert await store.read(over.task_id) == over
+            ended.append(over)
 
     async with opened(tmp_path / "state") as store:
         await asyncio.gather(*(one(store, number) for number in range(24)))
+        assert any(path_of(store, over).exists() for over in ended)
+    for over in ended:
+        assert revision_in(path_of(store, over)) == over.revision
 
 
 async def test_late_tasks_come_back_after_a_kill(tmp_path: Path) -> None:
@@ -226,12 +232,14 @@ async def test_what_somebody_did_to_a_late_file_does_not_keep_it_from_its_place(
 
 async def test_a_task_that_cannot_end_in_its_file_is_still_the_one_before(tmp_path: Path) -> None:
     root = tmp_path / "state"
-    async with opened(root) as store:
+    async with opened(root, PACE) as store:
         task = await started(store, await accepted(store))
+        path_of(store, task).unlink()
         path_of(store, task).mkdir()
         with pytest.raises(Exception, match="directory"):
             await canceled(store, task)
         assert await store.read(task.task_id) == task
+        path_of(store, task).rmdir()
         over = await canceled(store, task)
         assert revision_in(path_of(store, task)) == over.revision
     async with opened(root) as store:

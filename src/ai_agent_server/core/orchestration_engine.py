@@ -514,7 +514,7 @@ class OrchestrationEngine:
     def _written_elsewhere(self, packet: TaskPacket, since: int) -> None:
         """Another server wrote: pass it on, let go of what is not ours any more, take what is free."""
         task_id = packet.task_id
-        self._readers.tell(task_id, packet.history[since:])
+        self._readers.written(packet, packet.history[since:])
         self._waiting_until.pop(task_id, None)
         free = self._leases.may_take(packet.holder)
         if packet.status.is_final:
@@ -682,7 +682,7 @@ class OrchestrationEngine:
     def _tell(self, packet: TaskPacket, news: tuple[AnyTaskEvent, ...]) -> None:
         for listener in self._listeners:
             listener(packet, news)
-        self._readers.tell(packet.task_id, news)
+        self._readers.written(packet, news)
 
     async def _step(self, packet: TaskPacket, profile: Profile, action: RunStep) -> StepFinished:
         """Run it. Raises `LimitExceededError` where its sender may soon use an LLM again."""
@@ -782,11 +782,12 @@ def _privacy(packet: TaskPacket, profile: Profile, role: Role) -> Privacy:
 
     What a private role wrote stands in later prompts.
     """
-    ran = (e.role for e in packet.history if isinstance(e, StepStarted))
-    after_private = any(
-        name in profile.roles and profile.roles[name].hints.privacy == "local" for name in ran
-    )
-    return "local" if "local" in {packet.privacy, role.hints.privacy} or after_private else "any"
+    if "local" in {packet.privacy, role.hints.privacy}:
+        return "local"
+    private = {name for name, each in profile.roles.items() if each.hints.privacy == "local"}
+    if private and any(isinstance(e, StepStarted) and e.role in private for e in packet.history):
+        return "local"
+    return "any"
 
 
 def _announced(action: Action, now: datetime) -> tuple[TaskEvent, ...]:

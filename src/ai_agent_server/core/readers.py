@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from ai_agent_server.core.task_packet import (
     FINAL_EVENTS,
     AnyTaskEvent,
-    InputRequired,
     Progress,
     TaskPacket,
     TaskStatus,
@@ -50,7 +49,14 @@ class Readers:
     def __init__(self, read: _Read) -> None:
         self._read = read
         self._of: dict[str, set[_Reader]] = {}
+        self._waiting: dict[str, set[asyncio.Future[TaskPacket | None]]] = {}
         self._closed = False
+
+    def written(self, packet: TaskPacket, news: Iterable[AnyTaskEvent]) -> None:
+        """Pass on what was written last of `packet`, and `packet` itself to who waits for its end."""
+        if _needs_no_more(packet):
+            self._answer(packet.task_id, packet)
+        self.tell(packet.task_id, news)
 
     def tell(self, task_id: str, items: Iterable[AnyTaskEvent | Progress]) -> None:
         """Pass `items` on to everyone who follows the task."""
@@ -95,27 +101,33 @@ class Readers:
 
     async def wait(self, task_id: str, timeout_s: float) -> TaskPacket:
         """The packet once the task has ended or needs input, or as it is after `timeout_s`."""
-        reader = self._enter(task_id)
+        settled: asyncio.Future[TaskPacket | None] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(task_id, set())
+        waiting.add(settled)
         try:
             packet = await self._read(task_id)
-            if packet.status.is_final or packet.status is TaskStatus.INPUT_REQUIRED:
+            if _needs_no_more(packet) or self._closed:
                 return packet
-            async with asyncio.timeout(timeout_s):
-                while (item := await reader.queue.get()) is not None:
-                    if isinstance(item, (*FINAL_EVENTS, InputRequired)):
-                        break
-        except TimeoutError:
-            pass
+            await asyncio.wait((settled,), timeout=timeout_s)
         finally:
-            self._leave(task_id, reader)
-        return await self._read(task_id)
+            waiting.discard(settled)
+            if not waiting and self._waiting.get(task_id) is waiting:
+                del self._waiting[task_id]
+        return (settled.result() if settled.done() else None) or await self._read(task_id)
 
     def close(self) -> None:
-        """Let every reader go, now and from now on, with what it has."""
+        """Let everybody go, now and from now on, with what they have."""
         self._closed = True
         for readers in self._of.values():
             for reader in readers:
                 reader.end()
+        for task_id in tuple(self._waiting):
+            self._answer(task_id, None)
+
+    def _answer(self, task_id: str, packet: TaskPacket | None) -> None:
+        for settled in self._waiting.pop(task_id, ()):
+            if not settled.done():
+                settled.set_result(packet)
 
     def _enter(self, task_id: str) -> _Reader:
         reader = _Reader(cut=self._closed)
@@ -128,3 +140,8 @@ class Readers:
             readers.discard(reader)
             if not readers:
                 del self._of[task_id]
+
+
+def _needs_no_more(packet: TaskPacket) -> bool:
+    """Whether nothing happens before somebody does something."""
+    return packet.status.is_final or packet.status is TaskStatus.INPUT_REQUIRED

@@ -26,7 +26,8 @@ class Journey:
     """One request on its way from LLM to LLM."""
 
     wanted: Requirements
-    attempts: Counter[str] = field(default_factory=Counter)
+    attempts: dict[str, int] = field(default_factory=dict)
+    """LLM -> how often it failed this request."""
     failures: dict[str, str] = field(default_factory=dict)
     """What went wrong on each LLM, for the one who is told that none is left."""
     last_error: EngineError | None = None

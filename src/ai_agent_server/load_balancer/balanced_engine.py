@@ -548,7 +548,7 @@ class BalancedEngine:
         name, retry = lease.standing.name, self._admission.settings.retry
         journey.last_error = error
         journey.failures[name] = f"{type(error).__name__}: {error.problem}"
-        journey.attempts[name] += 1
+        attempt = journey.attempts[name] = journey.attempts.get(name, 0) + 1
         if isinstance(error, ContextOverflowError):
             # The estimate was too low: whoever has no more context than this one need not be asked.
             journey.wanted = msgspec.structs.replace(
@@ -556,13 +556,13 @@ class BalancedEngine:
                 input_tokens=max(journey.wanted.input_tokens, lease.standing.settings.context),
             )
         failed_probe = lease.probe and circuit.blame_for(error, cold=lease.cold) == "llm"
-        if not error.retry_safe or failed_probe or journey.attempts[name] >= retry.attempts:
+        if not error.retry_safe or failed_probe or attempt >= retry.attempts:
             journey.exclude(name)
             self._tell("llm.given_up", name, why=type(error).__name__)
             return 0.0
         if not circuit.admits(lease.standing.circuit, self._clock()):
             return 0.0
-        ceiling_s = min(retry.backoff_max_s, retry.backoff_s * 2.0 ** (journey.attempts[name] - 1))
+        ceiling_s = min(retry.backoff_max_s, retry.backoff_s * 2.0 ** (attempt - 1))
         pause_s = ceiling_s * self._rng.uniform(0.5, 1.0)
         self._tell("llm.retried", name, why=type(error).__name__, wait_s=pause_s)
         return pause_s

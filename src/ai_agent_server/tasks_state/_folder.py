@@ -64,7 +64,6 @@ class Change(msgspec.Struct, kw_only=True, eq=False):
     """A change of one task's file that is prepared, and takes place with `TaskFolder.commit`."""
 
     task_id: str
-    path: Path
     content: bytes = b""
     """What the file is to hold; b"" removes it."""
     temporary: Path | None = None
@@ -165,13 +164,12 @@ class TaskFolder:
     def write(self, packet: TaskPacket, before: Written | None, *, late: bool = False) -> Change:
         """Prepare that the task's file says `packet`; `before` is what its last write answered.
 
-        A `late` file follows with `catch_up`, but not that of a task that ends. Raises `StoreError`
-        children; nothing is left then.
+        A `late` file follows with `catch_up`. Raises `StoreError` children; nothing is left then.
         """
-        path = self.path(packet.task_id)
-        late = late and not packet.status.is_final
-        with translated(path):
-            return self._with_space(lambda: self._written(packet, before, path, late=late))
+        try:
+            return self._with_space(lambda: self._written(packet, before, late=late))
+        except OSError as exc:
+            raise meaning(exc, self.path(packet.task_id)) from exc
 
     def commit(self, changes: Sequence[Change]) -> None:
         """Make changes of different tasks take place, safe with one fsync; `problem` says which did not.
@@ -187,13 +185,13 @@ class TaskFolder:
         except OSError as exc:
             for change in changes:
                 if not (exc.errno in FULL and self._removed_at_once(change)):
-                    change.problem = meaning(exc, change.path)
+                    change.problem = meaning(exc, self.path(change.task_id))
         else:
             for change in changes:
                 try:
                     self._take_place(change)
                 except OSError as exc:
-                    change.problem = meaning(exc, change.path)
+                    change.problem = meaning(exc, self.path(change.task_id))
             if refused := [change for change in changes if change.problem]:
                 try:
                     self._journal.settle()
@@ -233,9 +231,8 @@ class TaskFolder:
 
     def remove(self, task_id: str) -> Change:
         """Prepare that the task's file goes, and the blobs that only it used."""
-        path = self.path(task_id)
-        with translated(path):
-            return Change(task_id=task_id, path=path, lost=blobs_in(self._content(task_id) or b""))
+        with translated(self.path(task_id)):
+            return Change(task_id=task_id, lost=blobs_in(self._content(task_id) or b""))
 
     def probe(self) -> int:
         """Write a little, and answer how many bytes are free. Raises `StoreError` children."""
@@ -248,17 +245,16 @@ class TaskFolder:
             free = os.statvfs(self.root)
             return free.f_bavail * free.f_frsize
 
-    def _written(self, packet: TaskPacket, before: Written | None, path: Path, *, late: bool) -> Change:
+    def _written(self, packet: TaskPacket, before: Written | None, *, late: bool) -> Change:
         content, written = encode(packet, before, self._blobs)
         gained = written.blobs - before.blobs if before else written.blobs
         try:
-            temporary = None if late else beside(path, content, sync=False)
+            temporary = None if late else beside(self.path(packet.task_id), content, sync=False)
         except OSError:
             self._blobs.drop(gained)
             raise
         return Change(
             task_id=packet.task_id,
-            path=path,
             content=content,
             temporary=temporary,
             written=written,
@@ -267,21 +263,22 @@ class TaskFolder:
 
     def _take_place(self, change: Change) -> None:
         if change.temporary is not None:
-            change.temporary.rename(change.path)
+            change.temporary.rename(self.path(change.task_id))
         elif change.content:
             self._late[change.task_id] = change.content
             return
         else:
-            change.path.unlink(missing_ok=True)
+            self.path(change.task_id).unlink(missing_ok=True)
         self._late.pop(change.task_id, None)
 
     def _removed_at_once(self, change: Change) -> bool:
         """Whether it was a removal that needs no frame, there being none of its task: it makes space."""
         if change.content or self._journal.names(change.task_id):
             return False
+        path = self.path(change.task_id)
         try:
-            change.path.unlink(missing_ok=True)
-            sync_folder(change.path.parent)
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
         except OSError:
             return False
         return True

@@ -42,7 +42,7 @@ log = structlog.get_logger(__name__)
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """When the files of tasks that have not ended are written, besides the journal."""
+    """When the files of tasks are written, besides the journal."""
 
     at_once: int = 4
     """Where no more changes than these wait, every file is in place before its change is answered."""
@@ -72,12 +72,11 @@ class JsonFileStore:
 
     One writer thread takes all changes that wait, writes each to a temporary file, then all to the
     journal with one fsync, and renames each into place; only then is the new state in memory and
-    answered. Where many changes wait, only tasks that end get their file so; the files of the others
-    follow a moment later (`Pace`). So the files are whole for who reads them, and after a kill or a
-    power cut the journal has what they lack. At most one write of a task is under way, so the
-    writer's queue is never longer than there are live tasks. A write belongs to the store, not to
-    the one who waits for it: who is cancelled leaves a write that still ends, and that memory takes
-    note of.
+    answered. Where many changes wait, their files follow a moment later (`Pace`). So the files are
+    whole for who reads them, and after a kill or a power cut the journal has what they lack. At most
+    one write of a task is under way, so the writer's queue is never longer than there are live tasks.
+    A write belongs to the store, not to the one who waits for it: who is cancelled leaves a write
+    that still ends, and that memory takes note of.
 
     Summaries of all tasks and the packets of live ones are in memory; ended tasks are read back from
     their files. `root` is held by a lock: one server at a time.
