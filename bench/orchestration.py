@@ -39,7 +39,7 @@ from ai_agent_server.sandbox.unsafe import Unsafe
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
 from bench.figures import Figure, at_least, keep, median
 
-TASKS = 600
+TASKS = 2000
 PEER_TASKS = 300
 AT_ONCE = 32
 ROUNDS = 3
