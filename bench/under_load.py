@@ -6,8 +6,9 @@
 - code in the sandbox that forks and prints without end, two at a time, again and again.
 
 `python -m bench.under_load [--seconds 120]`; `--minutes 20` makes it the soak, whose figure is the slope of
-the server's memory. What ended is deleted, so that what grows is what leaks. The LLM, the one who asks
-for health and the load are processes of their own.
+the server's memory over so many minutes, after ten in which it comes to its level. What ended is deleted,
+so that what grows is what leaks. The LLM, the one who asks for health and the load are processes of their
+own.
 """
 
 import argparse
@@ -43,7 +44,7 @@ ASK_EVERY_S = 0.05
 LOOK_S = 0.5
 HOLD_S = 40.0
 """Longer than the server waits for a reader that does not read."""
-WARM_UP_SHARE = 0.25
+WARM_UP_S = 600.0
 LONG_STEPS, LONG_TEXT = 32, "x" * 100_000
 FLOOD = """
 import os
@@ -293,8 +294,8 @@ async def measured(load: Load, seconds: float, folder: Path) -> Seen:
     return seen
 
 
-def figures(seen: Seen, load: Load, *, soak: bool) -> list[Figure]:
-    """What was seen."""
+def figures(seen: Seen, load: Load, *, warm_up_s: float | None = None) -> list[Figure]:
+    """What was seen; with the slope of the memory after `warm_up_s`, if that is given."""
     before, most = seen.memory_mb[0][1], max(mb for _, mb in seen.memory_mb)
     what = f"{load.live} live tasks, {load.stalled} stalled readers and a sandbox flood"
     found = [
@@ -309,10 +310,9 @@ def figures(seen: Seen, load: Load, *, soak: bool) -> list[Figure]:
         Figure(name="floods", value=seen.floods, unit="", what="floods that were stopped"),
         Figure(name="readers_cut", value=seen.cut, unit="", what=f"of {seen.connected} stalled readers"),
     ]
-    if soak:
-        warm_s = WARM_UP_SHARE * seen.memory_mb[-1][0]
-        warm = [(at_s, mb) for at_s, mb in seen.memory_mb if at_s >= warm_s]
-        minutes = (seen.memory_mb[-1][0] - warm_s) / 60
+    if warm_up_s is not None:
+        warm = [(at_s, mb) for at_s, mb in seen.memory_mb if at_s >= warm_up_s]
+        minutes = (warm[-1][0] - warm_up_s) / 60
         what = f"memory's slope over {minutes:.0f} minutes, after a warm-up"
         found.append(at_most("memory_slope", 3600 * slope(warm), "MB/h", 10, what))
     return found
@@ -324,17 +324,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=SECONDS)
-    parser.add_argument("--minutes", type=float, help="so long instead, with the slope of the memory")
+    parser.add_argument("--minutes", type=float, help="after a warm-up, with the slope of the memory")
     parser.add_argument("--probe", metavar="URL", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.probe:
         print(json.dumps(probe(given.probe, given.seconds)))
         return 0
-    seconds = given.seconds if given.minutes is None else 60 * given.minutes
+    warm_up_s = None if given.minutes is None else WARM_UP_S
+    seconds = given.seconds if given.minutes is None else WARM_UP_S + 60 * given.minutes
     load = Load()
     with tempfile.TemporaryDirectory() as folder:
         seen = asyncio.run(measured(load, seconds, Path(folder)))
-    found = figures(seen, load, soak=given.minutes is not None)
+    found = figures(seen, load, warm_up_s=warm_up_s)
     keep("soak" if given.minutes else "under_load", found, folder=Path(tempfile.gettempdir()))
     return int(any(figure.kept is False for figure in found))
 

@@ -1,12 +1,13 @@
 """The serving process: one listener, uvicorn, signals. Everything else is built by `app`."""
 
 import asyncio
+import ctypes
 import gc
 import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ UNREAD_S = 60.0
 Who was cut for reading too slowly would otherwise be kept, with what is written, until it goes."""
 GC_ALLOCATIONS = 20_000
 """So many objects more than were freed, and the cycles among the youngest are looked for."""
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
+"""From glibc's `malloc.h`."""
+ARENAS = 2
+LARGE_BYTES = 256 * 1024
 
 
 class _HttpServer(uvicorn.Server):
@@ -60,9 +65,23 @@ def serve(*, config: Path | None, host: str, port: int, state_dir: Path, ready: 
     if level not in log.LEVELS:
         raise ConfigurationError(f"{level!r} is no log level", source=LOG_LEVEL, choices=log.LEVELS)
     log.configure(level)
+    bound_arenas()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         parts = running(config=config, state_dir=state_dir, environ=environ)
         return runner.run(_serve(_listen(host, port), host, ready, parts))
+
+
+def bound_arenas() -> None:
+    """Have glibc keep less of what was freed. Before any thread begins; elsewhere it does nothing.
+
+    By itself it gives each of up to eight threads a core a heap of its own, which grows to the most that
+    the thread ever held, and puts ever larger blocks into them. Over twenty minutes under load that was
+    20 MB more, and still growing (`python -m bench.under_load --minutes 20`).
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, ARENAS)
+        mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def collect_rarely() -> None:
