@@ -115,15 +115,18 @@ async def test_who_leaves_before_the_first_token_pays_for_the_prompt(tmp_path: P
 async def test_who_leaves_while_waiting_for_a_slot_pays_nothing(tmp_path: Path) -> None:
     llms = {"scripted": {**scripted("hi", delay_s=60)["scripted"], "slots": 1}}
     async with server(tmp_path, laptop=[{**HOUR, "tokens": 10_000}], llms=llms) as (_, http):
-        first, second = (
-            asyncio.create_task(
-                http.post("/v1/chat/completions", json=chat("word " * 400), headers=shows(key), timeout=60)
+
+        def asking(key: str) -> asyncio.Task[httpx.Response]:
+            body, headers = chat("word " * 400), shows(key)
+            return asyncio.create_task(
+                http.post("/v1/chat/completions", json=body, headers=headers, timeout=60)
             )
-            for key in (PHONE, LAPTOP)
-        )
+
         async with asyncio.timeout(60):
+            first = asking(PHONE)
             while not await in_flight(http):
                 await asyncio.sleep(0.05)
+            second = asking(LAPTOP)
             await asyncio.sleep(0.5)
             for leaving in (second, first):
                 leaving.cancel()
