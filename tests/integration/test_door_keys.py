@@ -21,7 +21,7 @@ PAGE = "https://app.example.org"
 CHAT: dict[str, Any] = {"model": "scripted", "messages": [{"role": "user", "content": "Hello"}]}
 TASK: dict[str, Any] = {"payload": {"text": "Hello", "instructions": "shorter"}}
 REWRITE = "/api/v1/productivity/rewrite"
-SOON_S = 15.0
+SOON_S = 60.0
 
 
 def two_llms() -> dict[str, Any]:

@@ -81,14 +81,14 @@ async def test_nothing_is_repeated(double: OpenAIDouble) -> None:
 
 
 async def test_a_slow_reader_is_not_a_silent_server(double: OpenAIDouble) -> None:
-    engine = build(double, {"timeouts": EngineTimeouts(idle_s=0.5)})
+    engine = build(double, {"timeouts": EngineTimeouts(idle_s=1.5)})
     double.reply = "one two three four five"
     stream = engine.stream(ask())
     seen = ""
     async for delta in stream:
         if not seen:
             # Longer than the server may be silent for.
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(1.7)
         seen += delta.text
     assert seen == double.reply
     await engine.aclose()

@@ -67,7 +67,6 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("at_once", [0, 100], ids=["late files", "files at once"])
 async def test_every_acknowledged_revision_outlives_a_kill_at_any_moment(
     tmp_path: Path, at_once: int

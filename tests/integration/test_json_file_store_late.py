@@ -253,16 +253,15 @@ async def _on_a_full_disk(root: Path) -> None:
         async with opened(root, PACE) as store:
             for _ in range(2):
                 await canceled(store, await accepted(store, "old " * 2000))
-        store = JsonFileStore(root, pace=Pace(at_once=0, quiet_s=2, late_s=2))
+        store = JsonFileStore(root, pace=HELD)
         await store.open()
         tasks = [await started(store, await accepted(store, "x" * 20_000)) for _ in range(4)]
         with suppress(OSError), filler.open("ab", buffering=0) as rest:
             while rest.write(bytes(4096)):
                 pass
-        for _ in range(200):
-            if not (await store.health()).ok:
-                break
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(50):
+            while (await store.health()).ok:
+                await asyncio.sleep(0.05)
         say("late: " + " ".join(str(path_of(store, task).exists()) for task in tasks))
         say("ids: " + " ".join(task.task_id for task in tasks))
         for attempt in (started(store, tasks[0]), canceled(store, tasks[1]), accepted(store)):

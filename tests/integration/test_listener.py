@@ -12,7 +12,7 @@ from ai_agent_server import process
 async def test_a_client_that_takes_nothing_is_dropped_though_nobody_writes_any_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(process, "UNREAD_S", 0.5)
+    monkeypatch.setattr(process, "UNREAD_S", 2.0)
     with process._listen("127.0.0.1", 0) as listener, socket.socket() as client:
         listener.listen()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -30,7 +30,7 @@ from ai_agent_server.errors import (
 from ai_agent_server.tasks_state.base import TaskFilter, TaskPage, TaskStore
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
 from tests.conformance.test_task_store import NOW, accepted, packet
-from tests.servers.nats import NatsServer, a_nats_server
+from tests.servers.nats import NatsServer, a_nats_server, free_ports
 from tests.servers.shared_store import SharedStore
 
 WAIT_S = 60.0
@@ -107,7 +107,7 @@ async def test_of_two_servers_that_write_at_once_one_is_refused(
     (taken,) = [answer for answer in answers if isinstance(answer, TaskPacket)]
     (refused,) = [answer for answer in answers if not isinstance(answer, TaskPacket)]
     assert isinstance(refused, TaskConflictError)
-    assert await here.read(kept.task_id) == await there.read(kept.task_id) == taken
+    assert await known(here, kept.task_id, 2) == await known(there, kept.task_id, 2) == taken
 
 
 async def test_one_key_at_two_servers_makes_one_task(two: tuple[SharedStore, SharedStore]) -> None:
@@ -297,8 +297,9 @@ async def test_a_server_without_nats_does_not_start(tmp_path: Path) -> None:
 
 
 async def test_a_nats_of_three_servers_goes_on_without_one(tmp_path: Path) -> None:
-    servers = [NatsServer(tmp_path / f"nats-{n}") for n in range(3)]
-    routes = [NatsServer(tmp_path).port for _ in servers]
+    ports = free_ports(6)
+    servers = [NatsServer(tmp_path / f"nats-{n}", ports[n]) for n in range(3)]
+    routes = ports[3:]
     for n, server in enumerate(servers):
         server.start(
             server_name=f"n{n}",

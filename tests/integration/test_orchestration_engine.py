@@ -4,7 +4,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ from ai_agent_server.tasks_state.json_file_store import JsonFileStore
 WORKFLOW = msgspec.convert(configuration.packaged_debug_loop()["workflow"], Workflow)
 SCHEMA = configuration.load(None).profiles["developer"].payload_schema
 Script = Callable[[AgentContext], Awaitable[Outcome]]
+DEADLINE_S = 60.0
 
 
 class Words:
@@ -188,6 +189,16 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+class Clock:
+    """The time, put forward by a test."""
+
+    def __init__(self) -> None:
+        self.ahead = timedelta(0)
+
+    def __call__(self) -> datetime:
+        return now() + self.ahead
+
+
 @asynccontextmanager
 async def running(
     root: Path, words: Words, profiles: dict[str, Profile] | None = None, **options: Any
@@ -220,8 +231,15 @@ def draft(**changes: Any) -> TaskDraft:
 
 
 async def ended(engine: OrchestrationEngine, task_id: str) -> TaskPacket:
-    packet = await engine.wait(task_id, 20)
+    packet = await engine.wait(task_id, DEADLINE_S)
     assert packet.status.is_final or packet.status is TaskStatus.INPUT_REQUIRED, packet.status
+    return packet
+
+
+async def until(engine: OrchestrationEngine, task_id: str, met: Callable[[TaskPacket], bool]) -> TaskPacket:
+    async with asyncio.timeout(DEADLINE_S):
+        while not met(packet := await engine.read(task_id)):
+            await asyncio.sleep(0.01)
     return packet
 
 
@@ -301,7 +319,7 @@ async def test_a_reader_sees_every_event_once_and_in_order(tmp_path: Path, words
         reader = asyncio.create_task(read())
         await asyncio.sleep(0.1)
         words.gate.set()
-        await asyncio.wait_for(reader, 20)
+        await asyncio.wait_for(reader, DEADLINE_S)
         late = [e.seq async for e in engine.follow(packet.task_id, since=3) if not isinstance(e, Progress)]
     assert seen == list(range(1, seen[-1] + 1))
     assert late == seen[3:]
@@ -334,7 +352,7 @@ async def test_a_cancel_before_the_first_token_charges_for_the_prompt_that_an_ll
     words.gate.clear()
     async with running(tmp_path, words) as engine:
         packet, _ = await engine.submit(draft(), via="rest")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_S):
             while not words.asked:
                 await asyncio.sleep(0.01)
         canceled = await engine.cancel(packet.task_id)
@@ -373,7 +391,7 @@ async def test_a_restart_takes_up_the_step_that_was_cut(tmp_path: Path, words: W
 
 async def test_shutdown_lets_a_step_finish_inside_the_bound(tmp_path: Path, words: Words) -> None:
     words.gate.clear()
-    async with running(tmp_path, words) as engine:
+    async with running(tmp_path, words, shutdown_s=DEADLINE_S) as engine:
         packet, _ = await engine.submit(draft(), via="rest")
         while not words.asked:
             await asyncio.sleep(0.01)
@@ -464,11 +482,11 @@ async def test_an_outside_qa_gives_its_verdict_by_feedback(tmp_path: Path, words
             FeedbackDraft(role="qa", outcome="fail", why="adds badly", failing=("assert add(1,1)==2",)),
             via="nats",
         )
-        for _ in range(200):
-            waiting = await engine.read(packet.task_id)
-            if "debug" in roles_of(waiting) and waiting.status is TaskStatus.INPUT_REQUIRED:
-                break
-            await asyncio.sleep(0.02)
+        await until(
+            engine,
+            packet.task_id,
+            lambda p: "debug" in roles_of(p) and p.status is TaskStatus.INPUT_REQUIRED,
+        )
         await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="pass"), via="nats")
         done = await ended(engine, packet.task_id)
         with pytest.raises(InvalidTransitionError):
@@ -484,11 +502,7 @@ async def test_waiting_for_an_outside_agent_survives_a_restart(tmp_path: Path, w
     async with running(tmp_path, words, profile(qa=None)) as engine:
         assert (await engine.read(packet.task_id)).status is TaskStatus.INPUT_REQUIRED
         await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="pass"), via="rest")
-        for _ in range(200):
-            done = await engine.read(packet.task_id)
-            if done.status.is_final:
-                break
-            await asyncio.sleep(0.02)
+        done = await until(engine, packet.task_id, lambda p: p.status.is_final)
     assert done.status is TaskStatus.COMPLETED
 
 
@@ -634,16 +648,13 @@ async def test_an_answer_of_giant_pieces_is_hung_up_on(tmp_path: Path) -> None:
 
 
 async def test_waiting_for_somebody_is_not_the_tasks_time(tmp_path: Path, words: Words) -> None:
-    async with running(tmp_path, words, profile(qa=None)) as engine:
-        packet, _ = await engine.submit(draft(limits=LimitsDraft(wall_s=1.0)), via="rest")
+    clock = Clock()
+    async with running(tmp_path, words, profile(qa=None), clock=clock) as engine:
+        packet, _ = await engine.submit(draft(limits=LimitsDraft(wall_s=60.0)), via="rest")
         await ended(engine, packet.task_id)
-        await asyncio.sleep(1.2)
+        clock.ahead += timedelta(minutes=10)
         await engine.feedback(packet.task_id, FeedbackDraft(role="qa", outcome="pass"), via="rest")
-        for _ in range(200):
-            done = await engine.read(packet.task_id)
-            if done.status.is_final:
-                break
-            await asyncio.sleep(0.02)
+        done = await until(engine, packet.task_id, lambda p: p.status.is_final)
     assert done.status is TaskStatus.COMPLETED, done.error
 
 
@@ -720,7 +731,7 @@ async def test_after_a_private_role_nothing_of_the_task_goes_out(tmp_path: Path,
 async def test_the_time_limit_cuts_a_call_off(tmp_path: Path, words: Words) -> None:
     words.gate.clear()
     async with running(tmp_path, words) as engine:
-        packet, _ = await engine.submit(draft(limits=LimitsDraft(wall_s=0.2)), via="rest")
+        packet, _ = await engine.submit(draft(limits=LimitsDraft(wall_s=2.0)), via="rest")
         done = await ended(engine, packet.task_id)
     assert done.reason == "budget_wall"
     assert words.cut == 1

@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from ai_agent_server.config.settings import CallbackSettings, CallbackTarget, En
 from ai_agent_server.core.chat import RouteHints
 from ai_agent_server.core.fork import last_good_step
 from ai_agent_server.core.mcp_handler import McpHandler
-from ai_agent_server.core.orchestration_engine import OrchestrationEngine
 from ai_agent_server.core.task_packet import (
     Callback,
     FeedbackDraft,
@@ -44,6 +42,8 @@ from ai_agent_server.tasks_state._verify import verify
 from ai_agent_server.tasks_state.base import TaskFilter
 from tests.acceptance.test_cli import cli
 from tests.integration.test_orchestration_engine import (
+    DEADLINE_S,
+    Clock,
     Words,
     draft,
     ended,
@@ -52,31 +52,14 @@ from tests.integration.test_orchestration_engine import (
     profile,
     roles_of,
     running,
+    until,
     words,
 )
 from tests.servers.process import ServerProcess, scripted, write_config
 
 __all__ = ("words",)
 
-DEADLINE_S = 60.0
 ANSWER = FeedbackDraft(role="qa", outcome="pass")
-
-
-class Clock:
-    """The time, put forward by a test."""
-
-    def __init__(self) -> None:
-        self.ahead = timedelta(0)
-
-    def __call__(self) -> datetime:
-        return now() + self.ahead
-
-
-async def until(engine: OrchestrationEngine, task_id: str, met: Callable[[TaskPacket], bool]) -> TaskPacket:
-    async with asyncio.timeout(DEADLINE_S):
-        while not met(packet := await engine.read(task_id)):
-            await asyncio.sleep(0.01)
-    return packet
 
 
 async def asked(words: Words) -> None:

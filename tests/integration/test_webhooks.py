@@ -136,8 +136,9 @@ async def test_what_was_not_delivered_is_delivered_after_a_kill(tmp_path: Path) 
             await receiver.until(lambda: len(receiver.came) > 10)
             await server.kill()
         receiver.answers = []
-        async with server:
+        async with server, server.http() as http:
             await receiver.until(lambda: len(set(receiver.ids())) == 10)
+            await told(http, lambda found: found["pending"] == 0)
         async with server, server.http() as http:
             await told(http, lambda found: found["pending"] == 0)
     for task_id in tasks:

@@ -1,6 +1,8 @@
 """A real nats-server on a free port of loopback, to be killed, started again and robbed of its files."""
 
+import itertools
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -15,10 +17,10 @@ from ai_agent_server.channels._embedded_nats import find_nats_server
 class NatsServer:
     """One port and one store; the process between them comes and goes."""
 
-    def __init__(self, folder: Path = Path()) -> None:
+    def __init__(self, folder: Path = Path(), port: int = 0) -> None:
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = a_free_port()
+        self.port = port or a_free_port()
         self.credentials = "tester:a-secret"
 
     @property
@@ -78,13 +80,29 @@ def a_nats_server(folder: Path) -> Iterator[NatsServer]:
 
 
 def a_free_port() -> int:
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ones, below those that the kernel gives to whoever asks for any.
+
+    So nobody is given one while the server that it is meant for is not there yet, or away.
+    """
+    found = (port for port in random.sample(range(10_000, 32_000), 22_000) if _is_free(port))
+    return list(itertools.islice(found, count))
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _await_port(port: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:

@@ -74,7 +74,7 @@ class ServerProcess:
         return self
 
     def http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=30.0)
+        return httpx.AsyncClient(base_url=self.url, timeout=90.0)
 
     async def kill(self) -> None:
         """SIGKILL: no goodbye."""
