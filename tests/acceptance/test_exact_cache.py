@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import openai
 import pytest
 import pytest_asyncio
 
-from tests.servers.gateway import Gateway, configuration, free_port, running
+from tests.servers.gateway import Gateway, configuration, running
 from tests.servers.openai_double import OpenAIDouble
+from tests.servers.ports import held_port
 from tests.servers.process import ServerProcess, scripted, write_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -21,12 +23,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 ANSWER = "The answer is 42, of course."
 USE = {"X-Cache": "use"}
 LAPTOP, PHONE = "sk-the-laptop", "sk-the-phone"
-SOON_S = 20.0
+SOON_S = 60.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
-    async with running(tmp_path_factory.mktemp("cache"), keep_alive_s=0.2) as gateway:
+    async with running(tmp_path_factory.mktemp("cache")) as gateway:
         yield gateway
 
 
@@ -58,6 +60,18 @@ async def until(http: httpx.AsyncClient, **wanted: int) -> None:
             if all(cache[name] == value for name, value in wanted.items()):
                 return
             await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def joined(http: httpx.AsyncClient, text: str) -> AsyncIterator[AsyncIterator[str]]:
+    """A streamed answer of which something came: who reads it waits for the one question with the others."""
+    body = chat(text, stream=True)
+    async with http.stream("POST", "/v1/chat/completions", json=body, headers=USE) as answer:
+        lines = answer.aiter_lines()
+        async for line in lines:
+            if line.startswith("data: "):
+                break
+        yield lines
 
 
 async def test_openais_sdk_gets_the_same_answer_again_whole_and_streamed(
@@ -166,28 +180,27 @@ async def test_many_who_ask_at_once_are_one_question(http: httpx.AsyncClient, fi
 async def test_who_asked_may_leave_and_the_last_one_frees_the_slot(
     http: httpx.AsyncClient, first: OpenAIDouble
 ) -> None:
-    first.piece_s = 0.1
-    body = chat("one leaves")
-    leaving = asyncio.create_task(http.post("/v1/chat/completions", json=body, headers=USE))
+    first.piece_s = 0.2
+
+    async def ask(text: str) -> None:
+        await http.post("/v1/chat/completions", json=chat(text), headers=USE)
+
+    leaving = asyncio.create_task(ask("one leaves"))
     await first.until_writing()
-    staying = asyncio.create_task(http.post("/v1/chat/completions", json=body, headers=USE))
-    await asyncio.sleep(0.1)
-    leaving.cancel()
-    await asyncio.wait((leaving,))
-    answer = await staying
-    assert answer.json()["choices"][0]["message"]["content"] == ANSWER
+    async with joined(http, "one leaves") as staying:
+        leaving.cancel()
+        await asyncio.wait((leaving,))
+        rest = [line async for line in staying if line]
+    assert " course." in rest[-3]
+    assert rest[-1] == "data: [DONE]"
     assert (asked(first), first.hung_up) == (1, 0)
 
-    first.piece_s = 30.0
-    both = [
-        asyncio.create_task(http.post("/v1/chat/completions", json=chat("both leave"), headers=USE))
-        for _ in range(2)
-    ]
+    first.reply = "word " * 1000
+    leaving = asyncio.create_task(ask("both leave"))
     await first.until_writing()
-    await asyncio.sleep(0.1)
-    for task in both:
-        task.cancel()
-    await asyncio.wait(both)
+    async with joined(http, "both leave"):
+        leaving.cancel()
+        await asyncio.wait((leaving,))
     await first.until_hung_up()
     assert asked(first) == 2
 
@@ -213,7 +226,12 @@ async def test_keys_have_their_own_answers_and_pay_for_no_hit(tmp_path: Path) ->
     async with ServerProcess(tmp_path / "state", config, **environ) as process, process.http() as client:
         answers = [await ask(LAPTOP) for _ in range(5)]
         other = [await ask(PHONE), await ask(PHONE, **USE), await ask(PHONE, **USE)]
-        metrics = (await client.get("/api/v1/metrics", headers={"x-api-key": "sk-admin"})).json()
+        async with asyncio.timeout(SOON_S):
+            while True:
+                metrics = (await client.get("/api/v1/metrics", headers={"x-api-key": "sk-admin"})).json()
+                if metrics["gateway"]["cache"]["hits"] >= 5 and metrics["use"]["total"]["calls"] >= 3:
+                    break
+                await asyncio.sleep(0.02)
         text = (await client.get("/metrics", headers={"x-api-key": "sk-admin"})).text
         too_many = [(await ask(LAPTOP)).status_code for _ in range(2)]
     # 600 are set aside for a question, so that a second one beside it would not fit.
@@ -242,7 +260,8 @@ async def test_keys_have_their_own_answers_and_pay_for_no_hit(tmp_path: Path) ->
 async def test_a_reload_forgets_what_a_changed_llm_said(tmp_path: Path) -> None:
     (tmp_path / "clerk.md").write_text("You are a clerk.")
     path = tmp_path / "configuration.json"
-    document = configuration((free_port(), free_port()), cache={"by_default": True})
+    with held_port() as away:
+        document = configuration((away, away), cache={"by_default": True})
     document["llms"]["other"] = {**document["llms"]["script"], "options": {"replies": ["another"]}}
     path.write_text(json.dumps(document))
 

@@ -19,7 +19,7 @@ from mcp import Client, MCPError, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import TextResourceContents
 
-from tests.servers.gateway import free_port
+from tests.servers.ports import held_port
 from tests.servers.process import ServerProcess, outputs, scripted, write_config
 
 Era = Literal["auto", "legacy"]
@@ -28,7 +28,7 @@ TEXT_TOOLS = ("classify", "extract", "rewrite", "summarize")
 OWN_TOOLS = ("chat", "list_roles", "submit_task", "get_task", "cancel_task")
 CLASSIFY = {"text": "I was charged twice.", "labels": ["billing", "bug"]}
 PLAN = {"profile": "developer", "role": "planner", "payload": {"task": "Add two numbers."}, "scope": "role"}
-LIMIT_S = 30
+LIMIT_S = 60
 REPLIES = (
     {"when": "Labels:", "say": ['{"label": "billing"}']},
     {"when": "Fields:", "say": ['{"age": 36}']},
@@ -40,12 +40,13 @@ REPLIES = (
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *replies: Any, slow: bool = False, **environ: Any
+    folder: Path, *replies: Any, slow: bool = False, shutdown_s: float = 10.0, **environ: Any
 ) -> AsyncIterator[ServerProcess]:
     llms = scripted(*replies)
     if slow:
         llms["scripted"]["options"]["tokens_per_s"] = 5
-    async with ServerProcess(folder / "state", write_config(folder, llms=llms), **environ) as server:
+    config = write_config(folder, llms=llms, server={"shutdown_s": shutdown_s})
+    async with ServerProcess(folder / "state", config, **environ) as server:
         yield server
 
 
@@ -173,14 +174,17 @@ async def test_whoever_waits_hears_how_far_it_is(tmp_path: Path, era: Era) -> No
     async def told(progress: float, total: float | None, message: str | None) -> None:
         heard.append((progress, message or ""))
 
-    async with serving(tmp_path, "word " * 45, slow=True) as server, client(server, era) as agent:
-        answer = await agent.call_tool("chat", {"prompt": "x"}, progress_callback=told)
-        assert not answer.is_error
-        assert len(heard) >= 2
-        times = [progress for progress, _ in heard]
-        assert times == sorted(times)
-        assert all(later - before <= 5 for before, later in zip([0.0, *times], times, strict=False))
-        assert "tokens written" in heard[-1][1]
+    async with serving(tmp_path, "word " * 500, slow=True) as server, client(server, era) as agent:
+        call = asyncio.create_task(agent.call_tool("chat", {"prompt": "x"}, progress_callback=told))
+        ends = time.monotonic() + LIMIT_S
+        while len(heard) < 2:
+            assert time.monotonic() < ends
+            await asyncio.sleep(0.1)
+        call.cancel()
+        await asyncio.wait((call,))
+    first, second = (progress for progress, _ in heard[:2])
+    assert 0 < first < second
+    assert "tokens written" in heard[1][1]
 
 
 @ERAS
@@ -235,13 +239,12 @@ async def test_a_task_outlives_the_server_that_stops_while_somebody_waits_for_it
 
 
 async def test_an_open_session_does_not_hold_the_stop_up(tmp_path: Path) -> None:
-    async with serving(tmp_path, "x") as server:
+    async with serving(tmp_path, "x", shutdown_s=600.0) as server:
         try:
             async with client(server, "legacy") as agent:
                 await agent.list_tools()
                 # The session's own stream is open now, and nothing ever comes on it.
-                async with asyncio.timeout(9):
-                    assert await server.stop() == 0
+                assert await server.stop() == 0
         except* (MCPError, httpx2.HTTPError):
             pass  # the client finds nobody to tell that it leaves
 
@@ -349,14 +352,18 @@ async def test_over_standard_input_progress_and_cancelling_go_through(tmp_path: 
 
 
 async def test_where_no_server_answers_a_call_says_how_to_start_one(tmp_path: Path) -> None:
-    port = free_port()
+    with held_port() as port:
+        await starts_one(port, tmp_path)
+
+
+async def starts_one(port: int, folder: Path) -> None:
     async with Client(bridge(f"http://127.0.0.1:{port}")) as agent:
         assert [tool.name for tool in (await agent.list_tools()).tools] == [*TEXT_TOOLS, *OWN_TOOLS]
         answer = await agent.call_tool("classify", CLASSIFY)
         assert answer.is_error
         assert "ai-agent-server serve" in str(answer.content)
         # It may be started later.
-        server = ServerProcess(tmp_path / "state", write_config(tmp_path, llms=scripted(*REPLIES)))
+        server = ServerProcess(folder / "state", write_config(folder, llms=scripted(*REPLIES)))
         try:
             await server.start(port)
             answer = await agent.call_tool("classify", CLASSIFY)

@@ -1,6 +1,8 @@
 """`/v1/embeddings` of a real server, asked by OpenAI's own SDK."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,9 @@ import pytest
 import pytest_asyncio
 from openai.types import CreateEmbeddingResponse
 
-from tests.servers.gateway import free_port
 from tests.servers.ollama_double import OllamaDouble
 from tests.servers.openai_double import OpenAIDouble
+from tests.servers.ports import held_port
 from tests.servers.process import SCRIPT, ServerProcess, packaged, write_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -32,7 +34,14 @@ class Gateway:
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
     """One server for all the tests."""
-    folder, remote_port, ollama_port = tmp_path_factory.mktemp("gateway"), free_port(), free_port()
+    with held_port() as remote_port, held_port() as ollama_port:
+        async with gateway_at(tmp_path_factory.mktemp("gateway"), remote_port, ollama_port) as made:
+            yield made
+
+
+@asynccontextmanager
+async def gateway_at(folder: Path, remote_port: int, ollama_port: int) -> AsyncIterator[Gateway]:
+    """One whose model servers are to be at these ports."""
     llms: dict[str, Any] = {
         "vectors": VECTORS,
         "chat": SCRIPT,
@@ -184,7 +193,10 @@ async def test_vectors_are_counted_in_the_metrics(gateway: Gateway) -> None:
 
     before = await counted()
     await gateway.client.embeddings.create(model="vectors", input="one two three")
-    assert await counted() == before + 3
+    async with asyncio.timeout(60):
+        while (after := await counted()) == before:
+            await asyncio.sleep(0.02)
+    assert after == before + 3
 
 
 async def test_the_embedded_model_gives_vectors_that_know_what_is_alike(client: openai.AsyncOpenAI) -> None:

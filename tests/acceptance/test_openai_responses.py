@@ -12,8 +12,8 @@ import pytest_asyncio
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, Field, TypeAdapter
 
-from tests.servers.gateway import free_port
 from tests.servers.openai_double import OpenAIDouble
+from tests.servers.ports import held_port
 from tests.servers.process import SCRIPT, ServerProcess, packaged, write_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -56,7 +56,7 @@ class Gateway:
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
     """One server for all the tests; `double` is where a test may have its model server listen."""
-    folder, port = tmp_path_factory.mktemp("gateway"), free_port()
+    folder = tmp_path_factory.mktemp("gateway")
     scripts = {
         "scripted": {"replies": REPLIES, "tokens_per_s": 2000},
         "broken": {"replies": ["one two three four"], "fail": "cut"},
@@ -65,24 +65,25 @@ async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gat
     llms: dict[str, Any] = {
         name: {**SCRIPT, "locked": True, "options": options} for name, options in scripts.items()
     }
-    llms["double"] = {
-        "engine": "api.openai",
-        "model": "double-1",
-        "source": "local",
-        "locked": True,
-        "timeouts": {"first_token_s": 5, "idle_s": 0.5},
-        "options": {"base_url": f"http://127.0.0.1:{port}/v1"},
-    }
     llms["embedded"] = packaged()["llms"]["embedded"]
     balancer = {"circuit": {"failures": 1_000_000}, "retry": {"attempts": 1}}
-    config = write_config(folder, llms=llms, balancer=balancer, messaging={"enabled": False})
-    async with (
-        ServerProcess(folder / "state", config) as server,
-        openai.AsyncOpenAI(
-            base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
-        ) as client,
-    ):
-        yield Gateway(client, port)
+    with held_port() as port:
+        llms["double"] = {
+            "engine": "api.openai",
+            "model": "double-1",
+            "source": "local",
+            "locked": True,
+            "timeouts": {"first_token_s": 60, "idle_s": 1.5},
+            "options": {"base_url": f"http://127.0.0.1:{port}/v1"},
+        }
+        config = write_config(folder, llms=llms, balancer=balancer, messaging={"enabled": False})
+        async with (
+            ServerProcess(folder / "state", config) as server,
+            openai.AsyncOpenAI(
+                base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
+            ) as client,
+        ):
+            yield Gateway(client, port)
 
 
 @pytest.fixture
@@ -266,5 +267,7 @@ async def test_the_embedded_model_fills_a_form_that_the_sdk_parses(client: opena
         model="embedded", input="Ann is 30 years old.", text_format=Person, temperature=0
     )
     assert isinstance(response.output_parsed, Person)
-    events = await events_of(client, model="embedded", input="Say hello.", max_output_tokens=16)
+    events = await events_of(
+        client, model="embedded", input="Say hello.", max_output_tokens=16, temperature=0
+    )
     assert events[-1]["response"]["usage"]["output_tokens"] > 0

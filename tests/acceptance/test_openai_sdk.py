@@ -34,7 +34,8 @@ PNG = "data:image/png;base64,iVBORw0KGgo="
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    async with running(folder, aliases={"gpt-*": "main", "claude-*": "small"}, keep_alive_s=0.2) as gateway:
+    # Not shorter: an engine that was silent for so long has no status any more when it fails.
+    async with running(folder, aliases={"gpt-*": "main", "claude-*": "small"}, keep_alive_s=1.0) as gateway:
         yield gateway
 
 
@@ -507,7 +508,7 @@ async def test_before_the_first_token_another_llm_serves(
 async def test_a_client_that_leaves_frees_the_slot(
     gateway: Gateway, first: OpenAIDouble, stream: bool
 ) -> None:
-    first.piece_s = 30.0
+    first.reply, first.piece_s = "word " * 1000, 0.2
     body = {"model": "first", "messages": HELLO, "stream": stream}
 
     async def ask() -> None:
@@ -594,7 +595,7 @@ async def test_a_payload_may_be_sent_whole(client: openai.AsyncOpenAI, gateway: 
 async def test_a_client_that_leaves_a_role_cancels_its_task(
     gateway: Gateway, first: OpenAIDouble, stream: bool
 ) -> None:
-    first.piece_s = 30.0
+    first.reply, first.piece_s = "word " * 1000, 0.2
     body = {"model": "desk/reader", "messages": HELLO, "stream": stream}
     async with gateway.process.http() as http:
         asking = asyncio.create_task(http.post("/v1/chat/completions", json=body))
@@ -624,22 +625,23 @@ async def test_a_role_that_fails_says_so_and_is_not_repeated(
 async def test_the_metrics_count_requests_and_tokens_kept_local(
     client: openai.AsyncOpenAI, gateway: Gateway, first: OpenAIDouble
 ) -> None:
-    async def counted() -> dict[str, int]:
-        async with gateway.process.http() as http:
-            metrics = (await http.get("/api/v1/metrics")).json()
-        assert metrics["use"]["local_share"] == 1
-        rows = [
-            row
-            for row in metrics["gateway"]["requests"]
-            if (row["surface"], row["tier"], row["llm"], row["status"]) == ("chat", "small", "first", "ok")
-        ]
-        found: dict[str, int] = rows[0]
-        return found
+    async def counted(requests: int) -> dict[str, Any]:
+        """The row, once it has so many."""
+        async with gateway.process.http() as http, asyncio.timeout(60):
+            while True:
+                metrics = (await http.get("/api/v1/metrics")).json()
+                found: dict[str, Any]
+                for found in metrics["gateway"]["requests"]:
+                    labels = tuple(found[name] for name in ("surface", "tier", "llm", "status"))
+                    if labels == ("chat", "small", "first", "ok") and found["requests"] >= requests:
+                        assert metrics["use"]["local_share"] == 1
+                        return found
+                await asyncio.sleep(0.02)
 
     await client.chat.completions.create(model="first", messages=HELLO)
-    before = await counted()
+    before = await counted(1)
     await client.chat.completions.create(model="first", messages=HELLO)
-    after = await counted()
+    after = await counted(before["requests"] + 1)
     assert after["requests"] == before["requests"] + 1
     assert after["input_tokens"] == before["input_tokens"] + 11
     assert after["output_tokens"] == before["output_tokens"] + 6

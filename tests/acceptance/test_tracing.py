@@ -17,16 +17,17 @@ from ai_agent_server.config import settings
 from ai_agent_server.config.settings import Settings
 from ai_agent_server.errors import ConfigurationError
 from ai_agent_server.tracing.otlp import MAX_QUEUED, OtlpTracer
-from tests.servers.gateway import configuration, free_port
+from tests.servers.gateway import configuration
 from tests.servers.openai_double import OpenAIDouble
 from tests.servers.otlp_double import OtlpDouble, attributes
+from tests.servers.ports import held_port
 from tests.servers.process import ServerProcess, packaged
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 HELLO = "What is the secret of the desert?"
-SOON_S = 30.0
+SOON_S = 50.0
 
 
 @asynccontextmanager
@@ -35,12 +36,12 @@ async def server(
 ) -> AsyncIterator[tuple[ServerProcess, int]]:
     """A server that tells its spans, and the port of the LLM `first` behind it."""
     (folder / "clerk.md").write_text("You are a clerk.")
-    ports = free_port(), free_port()
     config = folder / "configuration.json"
-    config.write_text(json.dumps(configuration(ports) | {"tracing": tracing}))
     given: dict[str, Any] = dict(environ)
-    async with ServerProcess(folder / "state", config, **given) as process:
-        yield process, ports[0]
+    with held_port() as first, held_port() as second:
+        config.write_text(json.dumps(configuration((first, second)) | {"tracing": tracing}))
+        async with ServerProcess(folder / "state", config, **given) as process:
+            yield process, first
 
 
 class Traced:
@@ -52,9 +53,10 @@ class Traced:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[ServerProcess, int, int]]:
-    folder, port = tmp_path_factory.mktemp("traced"), free_port()
-    async with server(folder, {"endpoint": OtlpDouble(port).endpoint}) as (process, llm_port):
-        yield process, llm_port, port
+    folder = tmp_path_factory.mktemp("traced")
+    with held_port() as port:
+        async with server(folder, {"endpoint": OtlpDouble(port).endpoint}) as (process, llm_port):
+            yield process, llm_port, port
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -142,11 +144,16 @@ async def test_what_a_client_does_not_want_told_is_not_and_goes_on_as_such(trace
     assert passed_on.endswith("-00")
 
 
+@pytest.mark.timeout(300)
 async def test_a_collector_that_is_away_costs_nothing_and_hears_of_it_later(tmp_path: Path) -> None:
-    collector = OtlpDouble(port=free_port())
+    with held_port() as port:
+        await hears_of_it_later(OtlpDouble(port=port), tmp_path)
+
+
+async def hears_of_it_later(collector: OtlpDouble, folder: Path) -> None:
     tracing = {"endpoint": collector.endpoint, "headers": {"Authorization": {"env": "COLLECTOR_KEY"}}}
     async with (
-        server(tmp_path, tracing, COLLECTOR_KEY="Bearer sk-collector") as (process, port),
+        server(folder, tracing, COLLECTOR_KEY="Bearer sk-collector") as (process, port),
         OpenAIDouble(port=port),
     ):
         assert await chat(process) == 200
