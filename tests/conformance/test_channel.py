@@ -31,7 +31,7 @@ async def _memory(_: Path) -> AsyncIterator[Channel]:
 @asynccontextmanager
 async def _nats(folder: Path) -> AsyncIterator[Channel]:
     with a_nats_server(folder / "nats") as server:
-        channel = await NatsChannel.connect(server.url, credentials=server.credentials)
+        channel = await NatsChannel.connect(server.url, credentials=server.credentials, wait_s=WAIT_S)
         try:
             yield channel
         finally:

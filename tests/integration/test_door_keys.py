@@ -262,7 +262,7 @@ async def test_a_header_makes_privacy_stricter_and_never_weaker(tmp_path: Path) 
         far = {**CHAT, "model": "far"}
         chats = [await http.post("/v1/chat/completions", json=far, headers=shows(k, **h)) for k, h in asked]
         tasks = [
-            await http.post(REWRITE, params={"wait": 20}, json=TASK, headers=shows(key, **headers))
+            await http.post(REWRITE, params={"wait": 60}, json=TASK, headers=shows(key, **headers))
             for key, headers in asked
         ]
     assert [answer.headers["x-llm"] for answer in chats] == [*["scripted"] * 4, "far", "far"]
@@ -292,7 +292,7 @@ async def test_a_key_for_some_llms_gets_no_other(tmp_path: Path) -> None:
             await http.post("/v1/chat/completions", json={**CHAT, "model": model}, headers=shows(LAPTOP))
             for model in ("scripted", "auto", "far")
         ]
-        task = await http.post(REWRITE, params={"wait": 20}, json=TASK, headers=shows(LAPTOP))
+        task = await http.post(REWRITE, params={"wait": 60}, json=TASK, headers=shows(LAPTOP))
     assert "far" not in {model["id"] for model in models}
     assert [answer.status_code for answer in chats] == [200, 200, 403]
     assert [answer.headers["x-llm"] for answer in chats[:2]] == ["scripted", "scripted"]

@@ -221,7 +221,7 @@ async def test_a_file_of_counters_that_is_broken_is_told_and_begun_again(tmp_pat
 
 async def test_what_a_task_uses_is_charged_to_the_key_that_sent_it(tmp_path: Path) -> None:
     async with server(tmp_path, laptop=[{**HOUR, "tokens": 5000}]) as (_, http):
-        task = await http.post(REWRITE, json=TASK, params={"wait": 20}, headers=shows(LAPTOP))
+        task = await http.post(REWRITE, json=TASK, params={"wait": 60}, headers=shows(LAPTOP))
         usage = task.json()["usage"]
         spent = usage["input_tokens"] + usage["output_tokens"]
         mine, other = await say(http), await say(http, PHONE)

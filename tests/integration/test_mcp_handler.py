@@ -180,7 +180,7 @@ def outside(server: NatsServer) -> Outside:
 
 @pytest.fixture
 async def channel(server: NatsServer) -> AsyncIterator[NatsChannel]:
-    opened = await NatsChannel.connect(server.url, credentials=server.credentials)
+    opened = await NatsChannel.connect(server.url, credentials=server.credentials, wait_s=WAIT_S)
     yield opened
     await opened.aclose()
 

@@ -57,7 +57,7 @@ def server(tmp_path: Path) -> Iterator[NatsServer]:
 
 @pytest.fixture
 async def channel(server: NatsServer) -> AsyncIterator[NatsChannel]:
-    opened = await NatsChannel.connect(server.url, credentials=server.credentials)
+    opened = await NatsChannel.connect(server.url, credentials=server.credentials, wait_s=WAIT_S)
     yield opened
     await opened.aclose()
 
@@ -116,7 +116,9 @@ async def test_what_was_published_before_a_kill_is_there_after_it(
 
 
 async def test_a_delivery_from_before_a_kill_is_acked_after_it_or_comes_again(server: NatsServer) -> None:
-    channel = await NatsChannel.connect(server.url, credentials=server.credentials, ack_wait_s=2.0)
+    channel = await NatsChannel.connect(
+        server.url, credentials=server.credentials, wait_s=WAIT_S, ack_wait_s=2.0
+    )
     await channel.publish(INBOUND, b"first")
     async with channel.subscribe(INBOUND, group="a") as deliveries:
         before = await the_next(deliveries)
@@ -135,7 +137,9 @@ async def test_a_delivery_from_before_a_kill_is_acked_after_it_or_comes_again(se
 
 
 async def test_a_delivery_that_is_worked_on_for_long_is_not_delivered_again(server: NatsServer) -> None:
-    channel = await NatsChannel.connect(server.url, credentials=server.credentials, ack_wait_s=3.0)
+    channel = await NatsChannel.connect(
+        server.url, credentials=server.credentials, wait_s=WAIT_S, ack_wait_s=3.0
+    )
     await channel.publish(INBOUND, b"long")
     async with channel.subscribe(INBOUND, group="a", max_in_flight=1) as busy:
         delivery = await the_next(busy)
@@ -235,7 +239,7 @@ async def test_credentials_may_be_a_token(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "nats")
     server.start(authorization={"token": "s3cret"})
     try:
-        channel = await NatsChannel.connect(server.url, credentials="s3cret")
+        channel = await NatsChannel.connect(server.url, credentials="s3cret", wait_s=WAIT_S)
         await channel.publish(FEEDBACK, b"x")
         await channel.aclose()
     finally:
@@ -272,10 +276,9 @@ async def test_the_publishers_message_id_is_the_dedupe_id(channel: NatsChannel, 
 
 async def test_nothing_is_left_running_when_it_is_closed(server: NatsServer) -> None:
     before = asyncio.all_tasks()
-    channel = await NatsChannel.connect(server.url, credentials=server.credentials)
+    channel = await NatsChannel.connect(server.url, credentials=server.credentials, wait_s=WAIT_S)
     async with channel.subscribe(FEEDBACK, group="a") as deliveries:
         await channel.publish(FEEDBACK, b"x")
         await (await the_next(deliveries)).ack()
     await channel.aclose()
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() == before
+    await until(lambda: asyncio.all_tasks() == before)

@@ -148,7 +148,7 @@ async def test_what_was_not_delivered_is_delivered_after_a_kill(tmp_path: Path) 
 
 async def test_what_was_delivered_long_ago_and_what_a_fork_copied_is_not_told_again(tmp_path: Path) -> None:
     async with receiving() as receiver:
-        server = server_for(tmp_path, receiver, delay_s=5)
+        server = server_for(tmp_path, receiver, delay_s=8)
         wanted = ["task.paused", "step.finished", "task.completed"]
         async with server, server.http() as http:
             origin = await submitted(http, f"{receiver.url}/hooks", *wanted)

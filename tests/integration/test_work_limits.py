@@ -17,7 +17,7 @@ TWO = "0197a000-0000-7000-8000-000000000002"
 async def sent(http: Any, context_id: str, *, role: str = "rewrite", **more: Any) -> dict[str, Any]:
     payload = {"text": "Hello", "instructions": "shorter"} if role == "rewrite" else {"text": "Hello"}
     body = {"payload": payload, "context_id": context_id, **more}
-    answer = await http.post(f"/api/v1/productivity/{role}", params={"wait": 30}, json=body)
+    answer = await http.post(f"/api/v1/productivity/{role}", params={"wait": 60}, json=body)
     assert answer.status_code == 200, answer.text
     found: dict[str, Any] = answer.json()
     return found
