@@ -127,7 +127,7 @@ async def test_ordinary_assertions_mean_what_they_mean_in_python(sandbox: Sandbo
     ],
 )
 async def test_code_that_breaks_is_told_apart(sandbox: Sandbox, code: str, verdict: str, says: str) -> None:
-    wall_s = 4.0 if verdict == "timeout" else LIMITS.wall_s
+    wall_s = 6.0 if verdict == "timeout" else LIMITS.wall_s
     report = await judged(sandbox, code, "assert f(1) == 2", wall_s=wall_s)
     assert report.verdict == verdict, report
     assert says in report.detail
