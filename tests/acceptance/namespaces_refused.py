@@ -16,7 +16,7 @@ from ai_agent_server.sandbox._choose import choose_sandbox
 from ai_agent_server.sandbox.base import SandboxLimits
 from ai_agent_server.sandbox.python_suite import run_suite
 
-LIMITS = SandboxLimits(cpu_s=2, wall_s=10.0, memory_mb=150, processes=16, file_mb=4, output_kb=16)
+LIMITS = SandboxLimits(cpu_s=2, wall_s=40.0, memory_mb=150, processes=16, file_mb=4, output_kb=16)
 NO_NEW_PRIVS, SET_SECCOMP, FILTER_MODE = 38, 22, 2
 LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
 PERMITTED, REFUSED = 0x7FFF0000, 0x00050000

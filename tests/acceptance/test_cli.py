@@ -1,7 +1,7 @@
 """The command line as a user runs it: processes, a real server, exit codes, pipes."""
 
 import asyncio
-import fcntl
+import errno
 import json
 import os
 import pty
@@ -22,7 +22,9 @@ from tests.servers.process import ServerProcess, scripted, write_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-END_S = 60.0
+END_S = 100.0
+FOR_EVER_S = 600.0
+"""Longer than any test: what takes so long is still under way when it is looked at."""
 RIGHT = "```python\ndef add(a, b):\n    return a + b\n```"
 WRONG = "```python\ndef add(a, b):\n    return a - b\n```"
 REPLIES = (
@@ -261,7 +263,10 @@ async def test_ctrl_c_leaves_the_task_running_and_says_how_to_come_back(
     tmp_path: Path,
 ) -> None:
     config = write_config(
-        tmp_path, llms=scripted("x", delay_s=30.0), messaging={"enabled": False}, server={"shutdown_s": 0.1}
+        tmp_path,
+        llms=scripted("x", delay_s=FOR_EVER_S),
+        messaging={"enabled": False},
+        server={"shutdown_s": 0.1},
     )
     async with ServerProcess(tmp_path / "state", config) as slow:
         child = await asyncio.create_subprocess_exec(
@@ -285,6 +290,18 @@ async def test_ctrl_c_leaves_the_task_running_and_says_how_to_come_back(
         assert (await cli("watch", found[1], cwd=tmp_path, **at)).code == 1
 
 
+def everything_on(terminal: int) -> bytes:
+    """What is written to a terminal until its other side is closed."""
+    seen = b""
+    while True:
+        try:
+            piece = os.read(terminal, 1 << 16)
+        except OSError as exc:
+            assert exc.errno == errno.EIO
+            return seen
+        seen += piece
+
+
 async def test_on_a_terminal_the_running_step_is_live(at: dict[str, str], tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     child = await asyncio.create_subprocess_exec(
@@ -293,10 +310,17 @@ async def test_on_a_terminal_the_running_step_is_live(at: dict[str, str], tmp_pa
         stdin=asyncio.subprocess.DEVNULL, stdout=theirs, stderr=theirs,
     )  # fmt: skip
     os.close(theirs)
-    assert await child.wait() == 0
-    fcntl.fcntl(ours, fcntl.F_SETFL, os.O_NONBLOCK)
-    seen = os.read(ours, 1 << 16).decode()
-    os.close(ours)
+    # The longer it takes, the more is drawn: a terminal that nobody reads from is full some time.
+    reading = asyncio.create_task(asyncio.to_thread(everything_on, ours))
+    try:
+        async with asyncio.timeout(END_S):
+            assert await child.wait() == 0
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+        seen = (await reading).decode()
+        os.close(ours)
     assert "choosing an LLM" in seen
     assert "\x1b[1;32mcompleted" in seen
 
@@ -329,7 +353,10 @@ async def test_demo_solves_a_task_on_a_server_of_its_own_and_stops_it(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_whatever_ends_the_demo_ends_its_server(number: signal.Signals, tmp_path: Path) -> None:
     config = write_config(
-        tmp_path, llms=scripted("x", delay_s=30.0), messaging={"enabled": False}, server={"shutdown_s": 0.1}
+        tmp_path,
+        llms=scripted("x", delay_s=FOR_EVER_S),
+        messaging={"enabled": False},
+        server={"shutdown_s": 0.1},
     )
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "ai_agent_server", "demo", "--config", str(config),

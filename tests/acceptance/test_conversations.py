@@ -63,7 +63,11 @@ async def test_conversations_return_to_the_slots_that_have_read_them(url: str) -
 
         async def message(system: str, messages: list[Any]) -> Turn:
             answer = await by_anthropic.messages.create(
-                model="auto", system=system, messages=messages, max_tokens=MOST_TOKENS
+                model="auto",
+                system=system,
+                messages=messages,
+                max_tokens=MOST_TOKENS,
+                extra_body={"temperature": 0},
             )
             (block,) = answer.content
             assert block.type == "text"

@@ -31,7 +31,7 @@ from ai_agent_server.sandbox.landlock import Landlock
 
 PROBES = Path(__file__).parent / "escape_probes"
 NAMES = tuple(sorted(path.stem for path in PROBES.glob("*.py")))
-LIMITS = SandboxLimits(cpu_s=2, wall_s=8.0, memory_mb=100, processes=16, file_mb=4, output_kb=16)
+LIMITS = SandboxLimits(cpu_s=2, wall_s=40.0, memory_mb=100, processes=16, file_mb=4, output_kb=16)
 SPECIAL_LIMITS = {
     "ignore_termination": msgspec.structs.replace(LIMITS, wall_s=0.5),
     "stop_itself": msgspec.structs.replace(LIMITS, wall_s=0.5),
@@ -63,6 +63,7 @@ VERDICTS = {
 HARMLESS_END = {"double_fork", "daemon_holds_output", "chain_of_forks", "fork_storm"}
 """These end with 0 when they are contained, too: what they leave is the evidence."""
 NEVER_ENDS = {"ignore_termination", "stop_itself"}
+ENDS_S = 60.0
 MACHINE_MAY_REFUSE = {
     "read_raw_disk", "write_interpreter", "change_attribute_outside", "make_device", "read_server_memory",
     "trace_bystander", "read_bystander_memory", "mount_file_system", "change_root", "new_user_namespace",
@@ -109,7 +110,7 @@ class Arena:
         for endpoint in self.sockets:
             endpoint.setblocking(False)
         self.bystander = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"], start_new_session=True
+            [sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"], start_new_session=True
         )
         self.before = self.state()
 
@@ -243,12 +244,13 @@ async def test_the_same_probe_does_its_harm_without_a_sandbox(
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         cwd=tmp_path, pass_fds=(arena.descriptor,), start_new_session=True,
     )  # fmt: skip
-    try:
-        async with asyncio.timeout(1.5 if name in NEVER_ENDS else 60):
-            await process.wait()
-    except TimeoutError:
+    if name in NEVER_ENDS:
+        await _until_deaf(process.pid)
         process.terminate()  # what stays after a polite word is the evidence
         await asyncio.sleep(0.2)
+    else:
+        async with asyncio.timeout(ENDS_S):
+            await process.wait()
     harm = arena.evidence()
     if process.returncode == 0 and name not in HARMLESS_END:
         harm.append("ended with 0")
@@ -258,3 +260,15 @@ async def test_the_same_probe_does_its_harm_without_a_sandbox(
     if not harm and name in MACHINE_MAY_REFUSE:
         pytest.skip("this machine refuses it by itself")
     assert harm, f"{name} did no harm where nothing stops it (exit code {process.returncode})"
+
+
+async def _until_deaf(pid: int) -> None:
+    """Until the process has stopped itself, or ignores what it can."""
+    terminate = 1 << (signal.SIGTERM - 1)
+    async with asyncio.timeout(ENDS_S):
+        while True:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            about = dict(line.split(":", 1) for line in lines)
+            if int(about["SigIgn"], 16) & terminate or about["State"].split()[0] == "T":
+                return
+            await asyncio.sleep(0.02)

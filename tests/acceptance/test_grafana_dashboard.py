@@ -60,7 +60,7 @@ async def told(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Told]:
             body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
             await http.post("/v1/chat/completions", json=body, headers={"X-Cache": "use"})
         for role in ("echo", "lost"):
-            await http.post(f"/api/v1/team/{role}", json={"payload": {}}, params={"wait": 20})
+            await http.post(f"/api/v1/team/{role}", json={"payload": {}}, params={"wait": 60})
         yield Told((await http.get("/metrics")).text)
 
 

@@ -13,7 +13,7 @@ from tests.servers.process import ServerProcess, scripted, write_config
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "doc").rglob("*.md")])
 TUTORIALS = sorted((ROOT / "doc" / "tutorial").glob("*.md"))
-RUN_S = 100.0
+RUN_S = 280.0
 
 SH = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^]]*\]\(([^)\s#]+)(?:#[^)]*)?\)")
@@ -40,6 +40,7 @@ def script(document: Path) -> str:
     return "".join(blocks)
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("document", [ROOT / "README.md", *TUTORIALS], ids=lambda path: path.name)
 async def test_the_commands_of_a_document_work_in_the_order_they_stand_in(
     document: Path, tmp_path: Path

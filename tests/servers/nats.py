@@ -7,11 +7,13 @@ import shutil
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ai_agent_server.channels._embedded_nats import find_nats_server
+from tests.servers.ports import holder
 
 
 class NatsServer:
@@ -20,7 +22,10 @@ class NatsServer:
     def __init__(self, folder: Path = Path(), port: int = 0) -> None:
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = port or a_free_port()
+        held = holder(port)
+        # For as long as this object is there, so that a server that is away has its port when it is back.
+        weakref.finalize(self, held.close)
+        self.port: int = held.getsockname()[1]
         self.credentials = "tester:a-secret"
 
     @property
