@@ -240,7 +240,7 @@ async def test_no_request_is_answered_with_a_fault_of_the_server(server: ServerP
         @given(requests, headers)
         def sent(request: tuple[str, bytes], more: dict[str, str]) -> None:
             path, body = request
-            answer = asyncio.run_coroutine_threadsafe(post(http, path, body, more), loop).result(60)
+            answer = asyncio.run_coroutine_threadsafe(post(http, path, body, more), loop).result(120)
             if answer.status_code >= 400:
                 told = answer.json()
                 assert "error" in told or "detail" in told, (path, answer.text[:500])
