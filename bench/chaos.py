@@ -29,7 +29,8 @@ from typing import Any
 import httpx
 import msgspec
 from tests.servers.cluster import CHAIN, CountingLLM, counting_llm
-from tests.servers.nats import NatsServer, a_free_port
+from tests.servers.nats import NatsServer
+from tests.servers.ports import holder
 from tests.servers.process import ServerProcess, write_config
 
 QUIET_S = 60.0
@@ -134,7 +135,8 @@ class Chaos:
         self.nats = NatsServer(folder / "nats")
         self.names = [f"s{n}" for n in range(plan.servers)]
         self.servers: dict[str, ServerProcess] = {}
-        self.ports = {name: a_free_port() for name in self.names}
+        self.held = {name: holder() for name in self.names}
+        self.ports: dict[str, int] = {name: held.getsockname()[1] for name, held in self.held.items()}
         self.frozen: set[str] = set()
         self.rounds = [asyncio.Event() for _ in range(max(1, plan.kills))]
         self.over = asyncio.Event()
@@ -197,6 +199,8 @@ class Chaos:
                     await server.stop()
                 await server.kill()
             self.nats.kill()
+            for held in self.held.values():
+                held.close()
 
     # --- who uses them ---
 

@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 import psutil
-from tests.servers.nats import a_free_port
+from tests.servers.ports import held_port
 from tests.servers.process import ServerProcess, packaged
 
 from bench.figures import Figure, at_most, keep, median, p95, p99, slope
@@ -261,8 +261,8 @@ async def _program(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]
 async def measured(load: Load, seconds: float, folder: Path) -> Seen:
     """Press for so long, and see."""
     seen = Seen()
-    port = a_free_port()
     async with AsyncExitStack() as stack:
+        port = stack.enter_context(held_port())
         llm = await stack.enter_async_context(
             _program("bench.dribbler", str(port), str(load.pieces), str(PIECE_S))
         )
