@@ -7,7 +7,6 @@ import pytest
 from bench.chaos import Plan, Told, measure, problems
 
 
-@pytest.mark.timeout(300)
 async def test_one_kill_among_many_tasks_breaks_no_promise(tmp_path: Path) -> None:
     wrong, figures = await measure(Plan(tasks=8, kills=1, seed=3, others=0.0), tmp_path)
     assert wrong == []

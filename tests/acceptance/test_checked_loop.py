@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from tests.servers.process import ServerProcess, scripted
 
@@ -113,7 +112,6 @@ async def test_code_of_any_profile_is_accepted_because_it_ran(tmp_path: Path) ->
     assert (rejected["status"], rejected["reason"]) == ("rejected", "invalid_payload")
 
 
-@pytest.mark.timeout(300)
 async def test_the_embedded_model_goes_round_both_loops(tmp_path: Path) -> None:
     """What a model of 135M makes of it is its own affair; what is said of it has to be true."""
     config = configuration(tmp_path)

@@ -30,7 +30,6 @@ async def ended(http: httpx.AsyncClient, task_id: str, timeout_s: float = 200) -
             await asyncio.sleep(0.2)
 
 
-@pytest.mark.timeout(400)
 async def test_a_packet_by_rest_is_planned_coded_tested_and_kept(tmp_path: Path) -> None:
     """Whether the 135M model solves it is its own affair; that the loop is whole is ours."""
     async with ServerProcess(tmp_path / "state") as server, server.http() as http:
@@ -67,7 +66,6 @@ def bus(tmp_path: Path) -> Iterator[NatsServer]:
         yield server
 
 
-@pytest.mark.timeout(400)
 async def test_a_packet_by_nats_waits_for_an_outside_qas_verdict(tmp_path: Path, bus: NatsServer) -> None:
     document = packaged()
     document["profiles"]["developer"]["roles"]["qa"]["agent"] = "external"

@@ -13,7 +13,6 @@ from tests.servers.process import SCRIPT, ServerProcess, outputs, write_config
 LIMIT_S = 280
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("paths", "operations"), [("responses|embeddings", 2), ("chat/completions|models.*", 3)]
 )

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pytest
 from jsonschema import Draft202012Validator
 from litestar.handlers import HTTPRouteHandler
 from referencing import Registry, Resource
@@ -26,7 +25,6 @@ from tests.servers.process import outputs
 LIMIT_S = 280
 
 
-@pytest.mark.timeout(300)
 async def test_whatever_schemathesis_sends_the_answer_is_documented_and_never_a_5xx(tmp_path: Path) -> None:
     parts = Parts(keep_alive_s=0.5)
     async with serving(parts.app) as address, ending_soon(parts):

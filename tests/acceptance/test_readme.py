@@ -40,7 +40,6 @@ def script(document: Path) -> str:
     return "".join(blocks)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("document", [ROOT / "README.md", *TUTORIALS], ids=lambda path: path.name)
 async def test_the_commands_of_a_document_work_in_the_order_they_stand_in(
     document: Path, tmp_path: Path

@@ -206,7 +206,6 @@ async def _until_busy(http: httpx.AsyncClient, *, busy: bool) -> None:
     raise AssertionError(f"in_flight is {llm['in_flight']}")
 
 
-@pytest.mark.timeout(300)
 async def test_whatever_schemathesis_sends_a_tool_the_answer_is_documented(tmp_path: Path) -> None:
     async with serving(tmp_path, '{"label": "billing"}') as http:
         address = str(http.base_url).rstrip("/")

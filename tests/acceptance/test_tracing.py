@@ -144,7 +144,6 @@ async def test_what_a_client_does_not_want_told_is_not_and_goes_on_as_such(trace
     assert passed_on.endswith("-00")
 
 
-@pytest.mark.timeout(300)
 async def test_a_collector_that_is_away_costs_nothing_and_hears_of_it_later(tmp_path: Path) -> None:
     with held_port() as port:
         await hears_of_it_later(OtlpDouble(port=port), tmp_path)
