@@ -31,7 +31,7 @@ from ai_agent_server.errors import (
     TaskNotFoundError,
 )
 from ai_agent_server.tasks_state.base import TaskFilter, TaskStore
-from tests.servers.nats import NatsServer, a_free_port
+from tests.servers.nats import NatsServer
 from tests.servers.shared_store import SharedStore, forget_tasks
 
 Open = Callable[[Path], TaskStore]
@@ -53,7 +53,7 @@ NATS = NatsServer()
 
 @pytest.fixture(scope="module", autouse=True)
 def nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    NATS.folder, NATS.port = tmp_path_factory.mktemp("nats"), a_free_port()
+    NATS.folder = tmp_path_factory.mktemp("nats")
     NATS.start()
     yield
     NATS.kill()

@@ -106,10 +106,8 @@ async def test_who_leaves_before_the_first_token_pays_for_the_prompt(tmp_path: P
             await asyncio.gather(leaving, return_exceptions=True)
             while await in_flight(http):
                 await asyncio.sleep(0.05)
-    kept = json.loads((tmp_path / "state" / "limits.json").read_text())["meters"]
-    used = {meter["unit"]: sum(amount for _, _, amount in meter["used"]) for meter in kept}
-    assert 400 <= used["tokens"] <= 1000
-    assert 0.3 <= used["gpu_s"] < 60
+    assert 400 <= used(tmp_path, "tokens") <= 1000
+    assert 0.3 <= used(tmp_path, "gpu_s") < 60
 
 
 async def test_who_leaves_while_waiting_for_a_slot_pays_nothing(tmp_path: Path) -> None:

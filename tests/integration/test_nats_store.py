@@ -30,7 +30,8 @@ from ai_agent_server.errors import (
 from ai_agent_server.tasks_state.base import TaskFilter, TaskPage, TaskStore
 from ai_agent_server.tasks_state.json_file_store import JsonFileStore
 from tests.conformance.test_task_store import NOW, accepted, packet
-from tests.servers.nats import NatsServer, a_nats_server, free_ports
+from tests.servers.nats import NatsServer, a_nats_server
+from tests.servers.ports import holder
 from tests.servers.shared_store import SharedStore
 
 WAIT_S = 60.0
@@ -297,9 +298,9 @@ async def test_a_server_without_nats_does_not_start(tmp_path: Path) -> None:
 
 
 async def test_a_nats_of_three_servers_goes_on_without_one(tmp_path: Path) -> None:
-    ports = free_ports(6)
-    servers = [NatsServer(tmp_path / f"nats-{n}", ports[n]) for n in range(3)]
-    routes = ports[3:]
+    servers = [NatsServer(tmp_path / f"nats-{n}") for n in range(3)]
+    held = [holder() for _ in servers]
+    routes = [each.getsockname()[1] for each in held]
     for n, server in enumerate(servers):
         server.start(
             server_name=f"n{n}",
@@ -332,3 +333,5 @@ async def test_a_nats_of_three_servers_goes_on_without_one(tmp_path: Path) -> No
             await store.aclose()
         for server in servers:
             server.kill()
+        for each in held:
+            each.close()

@@ -1,8 +1,6 @@
 """A real nats-server on a free port of loopback, to be killed, started again and robbed of its files."""
 
-import itertools
 import json
-import random
 import shutil
 import socket
 import subprocess
@@ -19,10 +17,10 @@ from tests.servers.ports import holder
 class NatsServer:
     """One port and one store; the process between them comes and goes."""
 
-    def __init__(self, folder: Path = Path(), port: int = 0) -> None:
+    def __init__(self, folder: Path = Path()) -> None:
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        held = holder(port)
+        held = holder()
         # For as long as this object is there, so that a server that is away has its port when it is back.
         weakref.finalize(self, held.close)
         self.port: int = held.getsockname()[1]
@@ -82,28 +80,6 @@ def a_nats_server(folder: Path) -> Iterator[NatsServer]:
         yield server
     finally:
         server.kill()
-
-
-def a_free_port() -> int:
-    return free_ports(1)[0]
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ones, below those that the kernel gives to whoever asks for any.
-
-    So nobody is given one while the server that it is meant for is not there yet, or away.
-    """
-    found = (port for port in random.sample(range(10_000, 32_000), 22_000) if _is_free(port))
-    return list(itertools.islice(found, count))
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def _await_port(port: int) -> None:

@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def holder(port: int = 0) -> socket.socket:
-    """A socket that has `port`, or a free one: until it is closed nobody is given that port unasked.
+def holder() -> socket.socket:
+    """A socket that has a free port: until it is closed nobody is given that port unasked.
 
     Who names it may listen there again and again: beside a bound socket that does not listen another may
     be bound if both reuse addresses, as the listeners of asyncio, of the server and of nats-server do.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("127.0.0.1", port))
+    held.bind(("127.0.0.1", 0))
     return held
 
 
