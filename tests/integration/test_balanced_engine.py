@@ -566,6 +566,28 @@ async def test_who_leaves_in_the_moment_of_being_served_gives_the_place_back() -
     assert view_of(engine, "a").in_flight == 0
 
 
+async def test_a_wait_that_cannot_be_logged_costs_nobody_the_place() -> None:
+    def broken(_: object, __: str, event: EventDict) -> EventDict:
+        raise BrokenPipeError(str(event["event"]))
+
+    line = LineEngine()
+    line.hold.clear()
+    engine = balanced({"a": (LOCAL, line)})
+    running = asyncio.create_task(chat(engine, asking("0")))
+    await until(lambda: line.running == 1)
+    waiting = asyncio.create_task(chat(engine, asking("1")))
+    await until(lambda: engine.waiting == 1)
+    structlog.configure(processors=[broken])
+    try:
+        line.hold.set()
+        with pytest.raises(BrokenPipeError, match="waited"):
+            await waiting
+    finally:
+        structlog.reset_defaults()
+    await running
+    assert view_of(engine, "a").in_flight == 0
+
+
 async def test_a_client_that_closes_its_stream_frees_the_slot() -> None:
     line = LineEngine()
     engine = balanced({"a": (LOCAL, line)})

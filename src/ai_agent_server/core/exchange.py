@@ -50,7 +50,10 @@ def spent(usage: Usage, limits: Limits) -> str | None:
 
 
 def _chars(delta: ChatDelta) -> int:
-    return len(delta.text) + len(delta.reasoning) + sum(len(call.arguments) for call in delta.tool_calls)
+    chars = len(delta.text) + len(delta.reasoning)
+    for call in delta.tool_calls:
+        chars += len(call.arguments)
+    return chars
 
 
 class Anybody:
@@ -103,14 +106,14 @@ class Exchange:
         if (outcome := spent(self._packet.usage, self._packet.limits)) is not None:
             raise BudgetSpentError(outcome)
         prompt_tokens = input_tokens(request)
-        request, max_tokens = self._bounded(request, prompt_tokens)
+        route, max_tokens = self._bounds(request, prompt_tokens)
         digest = hashlib.sha256(msgspec.json.encode(request.messages)).hexdigest()
         joined = JoinedStream()
         began = self._monotonic()
         first_token_s, told_s, pieces, chars = 0.0, 0.0, 0, 0
         was_read = False
-        grant = self._senders.admit(self._packet, request.route, tokens=prompt_tokens + max_tokens)
-        request = msgspec.structs.replace(request, route=grant.hints)
+        grant = self._senders.admit(self._packet, route, tokens=prompt_tokens + max_tokens)
+        request = msgspec.structs.replace(request, max_tokens=max_tokens, route=grant.hints)
         try:
             async with aclosing(self._llm.stream(request, sent=self._note_sent)) as deltas:
                 async for delta in deltas:
@@ -156,8 +159,8 @@ class Exchange:
     def _note_sent(self, llm: str, source: Source) -> None:
         self._sent_to = llm, source
 
-    def _bounded(self, request: ChatRequest, prompt_tokens: int) -> tuple[ChatRequest, int]:
-        """The request with what is left of the task's limits, and how many tokens its answer may have."""
+    def _bounds(self, request: ChatRequest, prompt_tokens: int) -> tuple[RouteHints, int]:
+        """Where it may go, by what is left of the task's limits, and how many tokens its answer may have."""
         used, limits = self._packet.usage, self._packet.limits
         room = limits.tokens - used.tokens - prompt_tokens
         if room < 1:
@@ -165,7 +168,7 @@ class Exchange:
         max_tokens = min(request.max_tokens or self._max_tokens, room)
         cost_left = None if limits.cost_usd is None else max(0.0, limits.cost_usd - used.cost_usd)
         route = msgspec.structs.replace(self._hints, privacy=self._privacy, max_cost_usd=cost_left)
-        return msgspec.structs.replace(request, max_tokens=max_tokens, route=route), max_tokens
+        return route, max_tokens
 
     def _record(
         self,

@@ -1,7 +1,6 @@
 """What a task does next: routes, stop rules, the best of its work. Pure decisions over its history."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -117,6 +116,8 @@ _IDLING = frozenset({InputRequired, Paused, Recovered})
 
 Action: TypeAlias = RunStep | AskOutside | StillWaiting | Hold | EndWell | EndBadly | Decline
 Report: TypeAlias = StepFinished | FeedbackReceived
+_REPORTS = (StepFinished, FeedbackReceived)
+_ANSWERS = (StepFinished, FeedbackReceived, InputRequired)
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +144,7 @@ def deadline(packet: TaskPacket) -> datetime | None:
 
 def _idle(packet: TaskPacket) -> timedelta:
     """For how long nobody was to work on the task, up to when it last went on."""
-    if not any(type(event) in _IDLING for event in packet.history):
+    if _IDLING.isdisjoint(map(type, packet.history)):
         return timedelta(0)
     began = (place for place, event in enumerate(packet.history) if isinstance(event, Started | Recovered))
     events = packet.history[next(began, len(packet.history)) :]
@@ -197,7 +198,7 @@ def drafts(packet: TaskPacket, workflow: Workflow) -> tuple[Draft, ...]:
         made.append(Draft(artifact=Artifact(artifact_id="given", kind="code", content=given)))
     versions = _versions(packet, workflow)
     for event in packet.history:
-        if not isinstance(event, StepFinished | FeedbackReceived):
+        if not isinstance(event, _REPORTS):
             continue
         if event.seq in versions:
             made.append(versions[event.seq])
@@ -219,8 +220,7 @@ def _versions(packet: TaskPacket, workflow: Workflow) -> dict[int, Draft]:
     makers = [
         event
         for event in packet.history
-        if isinstance(event, StepFinished | FeedbackReceived)
-        and (event.role in workflow.makers or not workflow.makers)
+        if isinstance(event, _REPORTS) and (event.role in workflow.makers or not workflow.makers)
     ]
     artifacts = {e.seq: Draft(artifact=e.artifact) for e in makers if e.artifact is not None}
     if artifacts or not workflow.makers or _given_code(packet):
@@ -270,7 +270,7 @@ def result(packet: TaskPacket, workflow: Workflow, *, outcome: str) -> JSONObjec
 
 def _reports(packet: TaskPacket) -> Iterator[Report]:
     """What roles and outside agents reported, the latest first."""
-    return (e for e in reversed(packet.history) if isinstance(e, StepFinished | FeedbackReceived))
+    return (e for e in reversed(packet.history) if isinstance(e, _REPORTS))
 
 
 class _Decision:
@@ -281,17 +281,15 @@ class _Decision:
         self.started = [e for e in packet.history if type(e) is StepStarted]
         self.finished = [e for e in packet.history if type(e) is StepFinished]
         # What a fork took over is known to it, but uses up nothing of what it may do itself.
-        self.own_finished = [e for e in self.finished if e.seq > packet.copied_seq]
+        copied = packet.copied_seq
+        self.own_finished = [e for e in self.finished if e.seq > copied] if copied else self.finished
+        own = packet.history[copied:]
+        self.own_runs = [e for e in own if isinstance(e, (StepStarted, InputRequired))]
+        """When a role was run or asked, without what a fork took over."""
 
     @cached_property
     def versions(self) -> dict[int, Draft]:
         return _versions(self.packet, self.workflow)
-
-    @cached_property
-    def own_runs(self) -> list[StepStarted | InputRequired]:
-        """When a role was run or asked, without what a fork took over."""
-        own = self.packet.history[self.packet.copied_seq :]
-        return [e for e in own if isinstance(e, (StepStarted, InputRequired))]
 
     def take(self) -> Action:
         if self.packet.paused_at is not None:
@@ -330,7 +328,7 @@ class _Decision:
         newest: StepFinished | FeedbackReceived | InputRequired | None = None
         for event in self.packet.history[since:]:
             outranked = isinstance(event, StepFinished) and isinstance(newest, FeedbackReceived)
-            if isinstance(event, StepFinished | FeedbackReceived | InputRequired) and not outranked:
+            if isinstance(event, _ANSWERS) and not outranked:
                 newest = event
         return newest
 
@@ -412,13 +410,14 @@ class _Decision:
         if edge.feedback and self.packet.usage.feedback_hops >= self.packet.limits.feedback_hops:
             return self._end("max_debug", f"{self.packet.limits.feedback_hops} feedback hops are used up")
         if len(finished) >= workflow.max_same_step:
-            same = Counter(
-                (e.role, e.call.prompt_sha256, self._made(e))
-                for e in finished
-                if e.call is not None and self._made(e)
-            )
-            if same and (top := same.most_common(1)[0])[1] >= workflow.max_same_step:
-                return self._end("loop_detected", f"{top[0][0]} gave the same answer {top[1]} times")
+            same: dict[tuple[str, str, str], int] = {}
+            for e in finished:
+                if e.call is not None and (made := self._made(e)):
+                    answer = e.role, e.call.prompt_sha256, made
+                    same[answer] = same.get(answer, 0) + 1
+            top = max(same, key=same.__getitem__, default=None)
+            if top is not None and same[top] >= workflow.max_same_step:
+                return self._end("loop_detected", f"{top[0]} gave the same answer {same[top]} times")
         scores = [
             (e.report.anchors_passed, e.report.tests_passed)
             for e in finished

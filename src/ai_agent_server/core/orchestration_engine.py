@@ -230,6 +230,7 @@ class OrchestrationEngine:
     def configure(self, profiles: Mapping[str, Profile]) -> None:
         """Take another configuration; running steps end as they began."""
         self._profiles = profiles
+        self._external = {name: profile.external for name, profile in profiles.items()}
         self._checks = {
             (name, role_name): PayloadCheck(role.payload_schema)
             for name, profile in profiles.items()
@@ -592,7 +593,8 @@ class OrchestrationEngine:
             profile = self._profiles.get(packet.profile)
             if profile is None:
                 raise UnknownRoleError("profile", packet.profile, tuple(self._profiles))
-            action = next_action(fold(packet, pending), profile.workflow, external=profile.external, now=now)
+            external = self._external[packet.profile]
+            action = next_action(fold(packet, pending), profile.workflow, external=external, now=now)
             if isinstance(action, AskOutside | StillWaiting):
                 self._waiting_until[packet.task_id] = action.expires_at
             if isinstance(action, Hold):

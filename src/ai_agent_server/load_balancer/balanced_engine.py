@@ -2,9 +2,10 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from functools import partial
+from types import TracebackType
 from typing import Literal
 
 import msgspec
@@ -17,13 +18,13 @@ from ai_agent_server.errors import (
     ContextOverflowError,
     EngineBusyError,
     EngineError,
-    EngineProtocolError,
     EngineRequestError,
     ModelNotFoundError,
     UnknownLLMError,
 )
 from ai_agent_server.llm_engines.base import CountingEngine, EmbeddingEngine, ModelCard
 from ai_agent_server.load_balancer import circuit, estimate
+from ai_agent_server.load_balancer._call import Call
 from ai_agent_server.load_balancer.accelerator import AcceleratorQueue
 from ai_agent_server.load_balancer.admission import Admission, Journey, Lease
 from ai_agent_server.load_balancer.base import (
@@ -36,7 +37,7 @@ from ai_agent_server.load_balancer.base import (
 from ai_agent_server.load_balancer.scheduler import CONFIGURED_ANEW, RECALLED, SPILLED, Refuse, Start
 from ai_agent_server.load_balancer.standing import HeldEngine, Member, Standing, same_engine
 from ai_agent_server.memory_gauges.base import MemoryGauge
-from ai_agent_server.tracing.base import Attribute, Tracer
+from ai_agent_server.tracing.base import Tracer
 
 __all__ = ("BalancedEngine", "Member")
 
@@ -127,21 +128,32 @@ class BalancedEngine:
             wanted = msgspec.structs.replace(wanted, counted=await self._counts(request, doubtful))
         journey = Journey(wanted=wanted)
         while True:
-            async with self._attempt(journey) as lease:
+            async with _Attempt(self, journey) as lease:
                 queued_s = lease.started_s - began_s if lease.waited_s or journey.attempts else 0.0
                 if sent is not None:
                     sent(lease.standing.name, lease.standing.settings.source)
-                answer = self._answer if self._tracer is None else self._traced
-                async with aclosing(answer(lease, request, queued_s)) as deltas:
-                    async for delta in deltas:
-                        yield delta
+                with Call(
+                    lease,
+                    request,
+                    queued_s=queued_s,
+                    clock=self._clock,
+                    first_token=self._first_token,
+                    tracer=self._tracer,
+                ) as call:
+                    async with aclosing(lease.held.engine.stream(call.request)) as deltas:
+                        async for delta in deltas:
+                            passed_on = call.take(delta)
+                            if passed_on is not None:
+                                yield passed_on
+                                call.given()
+                    call.finish()
                 return
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingReply:
         """The vectors of the inputs; the reply says which LLM made them, and why that one."""
         journey = Journey(wanted=estimate.embedding_requirements(request))
         while True:
-            async with self._attempt(journey) as lease:
+            async with _Attempt(self, journey) as lease:
                 return await self._vectors(lease, request)
 
     async def models(self) -> tuple[ModelCard, ...]:
@@ -353,25 +365,12 @@ class BalancedEngine:
 
     # One attempt
 
-    @asynccontextmanager
-    async def _attempt(self, journey: Journey) -> AsyncIterator[Lease]:
-        """A place for one try. A failure that another try may make good ends here, after its pause."""
-        lease = await self._place(journey)
-        try:
-            if lease.waited_s:
-                self._tell("llm.waited", lease.standing.name, wait_s=lease.waited_s)
-            yield lease
-        except EngineError as exc:
-            self._blame(lease, exc)
-            if lease.first_token_s is not None or _is_the_askers(exc):
-                raise
-            pause_s = self._next_step(journey, lease, exc)
-        else:
-            return
-        finally:
-            self._admission.release(lease)
-        if pause_s:
-            await self._sleep(pause_s)
+    def _failed(self, journey: Journey, lease: Lease, error: EngineError) -> float | None:
+        """Seconds to pause before another try; None where the failure is the asker's to know of."""
+        self._blame(lease, error)
+        if lease.first_token_s is not None or _is_the_askers(error):
+            return None
+        return self._next_step(journey, lease, error)
 
     async def _place(self, journey: Journey) -> Lease:
         """A place, and where the LLM is on an accelerator a turn there."""
@@ -440,77 +439,6 @@ class BalancedEngine:
         return msgspec.structs.replace(
             reply, llm=standing.name, source=standing.settings.source, decision=lease.decision
         )
-
-    async def _answer(
-        self, lease: Lease, request: ChatRequest, queued_s: float
-    ) -> AsyncGenerator[ChatDelta, None]:
-        """The engine's deltas. What comes before the first token is held back: it binds nobody yet."""
-        standing, sent_s = lease.standing, self._clock()
-        usage, model, held_back_s, ended = ChatUsage(), "", 0.0, False
-        async with aclosing(lease.held.engine.stream(request)) as deltas:
-            async for delta in deltas:
-                usage, model = delta.usage or usage, delta.model or model
-                ended = ended or delta.finish_reason is not None
-                if lease.first_token_s is not None:
-                    passed_on = delta
-                elif delta.text or delta.tool_calls or delta.reasoning or ended:
-                    self._first_token(lease)
-                    passed_on = msgspec.structs.replace(
-                        delta,
-                        usage=usage if delta.usage is None and usage != ChatUsage() else delta.usage,
-                        model=model,
-                        llm=standing.name,
-                        source=standing.settings.source,
-                        decision=lease.decision,
-                        engine_ms=1000 * (self._clock() - sent_s),
-                        queued_ms=1000 * queued_s,
-                    )
-                else:
-                    continue
-                given_s = self._clock()
-                yield passed_on
-                held_back_s += self._clock() - given_s
-        if not ended:
-            raise EngineProtocolError("the stream ended without a finish_reason", engine=standing.name)
-        writing_s = self._clock() - (lease.first_token_s or lease.started_s) - held_back_s
-        standing.finished(usage, writing_s)
-        lease.shown = lease.answered = True
-
-    async def _traced(
-        self, lease: Lease, request: ChatRequest, queued_s: float
-    ) -> AsyncGenerator[ChatDelta, None]:
-        """`_answer` as a span, in whose trace the engine is asked."""
-        assert self._tracer is not None
-        standing = lease.standing
-        span = self._tracer.begin(
-            f"chat {standing.settings.model}",
-            kind="client",
-            parent=request.traceparent,
-            attributes=_described(standing, request),
-        )
-        error, last, usage = "", ChatDelta(), ChatUsage()
-        asked = msgspec.structs.replace(request, traceparent=span.traceparent)
-        try:
-            async with aclosing(self._answer(lease, asked, queued_s)) as deltas:
-                async for last in deltas:
-                    usage = last.usage or usage
-                    yield last
-        except EngineError as exc:
-            error = type(exc).__name__
-            raise
-        finally:
-            span.add(
-                {
-                    "gen_ai.usage.input_tokens": usage.input_tokens,
-                    "gen_ai.usage.output_tokens": usage.output_tokens,
-                    **(
-                        {"gen_ai.response.finish_reasons": (last.finish_reason,)}
-                        if last.finish_reason
-                        else {}
-                    ),
-                }
-            )
-            span.end(error)
 
     def _first_token(self, lease: Lease) -> None:
         standing = lease.standing
@@ -656,6 +584,39 @@ class BalancedEngine:
         tell(kind, llm=llm, why=why, wait_s=round(wait_s, 3))
 
 
+class _Attempt:
+    """A place for one try. A failure that another try may make good ends here, after its pause.
+
+    No generator: the event loop notes the begin and the end of each, which costs as much as the place.
+    """
+
+    def __init__(self, balancer: BalancedEngine, journey: Journey) -> None:
+        self._balancer, self._journey = balancer, journey
+
+    async def __aenter__(self) -> Lease:
+        self._lease = lease = await self._balancer._place(self._journey)
+        try:
+            if lease.waited_s:
+                self._balancer._tell("llm.waited", lease.standing.name, wait_s=lease.waited_s)
+        except BaseException:
+            self._balancer._admission.release(lease)
+            raise
+        return lease
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        balancer, pause_s = self._balancer, None
+        try:
+            if isinstance(error, EngineError):
+                pause_s = balancer._failed(self._journey, self._lease, error)
+        finally:
+            balancer._admission.release(self._lease)
+        if pause_s:
+            await balancer._sleep(pause_s)
+        return pause_s is not None
+
+
 def _clear(standing: Standing) -> None:
     """It was switched off: those who wait for it are placed again, and its memory is for others."""
     if standing.accelerator is not None:
@@ -681,20 +642,3 @@ def _note_refusal(journey: Journey, name: str, refusal: Refuse) -> None:
     journey.exclude(name)
     if refusal.retry_after_s is not None:
         journey.last_error = EngineBusyError(refusal.why, engine=name, retry_after_s=refusal.retry_after_s)
-
-
-def _described(standing: Standing, request: ChatRequest) -> dict[str, Attribute]:
-    """What a trace is told of a call: never what it says."""
-    bounds: dict[str, float | int | None] = {
-        "gen_ai.request.max_tokens": request.max_tokens,
-        "gen_ai.request.temperature": request.temperature,
-        "gen_ai.request.top_p": request.top_p,
-        "gen_ai.request.seed": request.seed,
-    }
-    return {
-        "gen_ai.operation.name": "chat",
-        "gen_ai.provider.name": standing.settings.provider,
-        "gen_ai.request.model": standing.settings.model,
-        "ai_agent_server.llm": standing.name,
-        **{name: value for name, value in bounds.items() if value is not None},
-    }

@@ -3,12 +3,12 @@
 The rules are told in plain language in config/load_balancer_rules.md; a test holds the two together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from ai_agent_server.core.chat import Candidate, Decision
-from ai_agent_server.load_balancer.base import BalancingStrategy, LLMView, Requirements, Scored
+from ai_agent_server.load_balancer.base import BalancingStrategy, LLMView, Requirements
 from ai_agent_server.load_balancer.estimate import answer_room, cost_usd, load_s, queue_s
 
 
@@ -53,15 +53,20 @@ def decide(
     only orders: an LLM that a rule refused cannot be chosen, whatever a strategy answers.
     """
     asked = _asked(wanted, views, spill_after_s)
-    verdicts = {view.name: _judge(view, asked) for view in views}
-    allowed = tuple(view for view in views if verdicts[view.name] is None)
+    allowed: dict[str, LLMView] = {}
+    refused: list[Candidate] = []
+    for view in views:
+        verdict = _judge(view, asked)
+        if verdict is None:
+            allowed[view.name] = view
+        else:
+            refused.append(verdict)
     ranked = _ranked(strategy, wanted, allowed)
-    refused = tuple(verdict for verdict in verdicts.values() if verdict is not None)
     return Decision(
         chosen=ranked[0].llm if ranked else None,
-        reason=_reason(asked, ranked, refused, {view.name: view for view in views}),
+        reason=_reason(asked, ranked, refused, allowed),
         strategy=strategy_name,
-        candidates=ranked + refused,
+        candidates=(*ranked, *refused),
     )
 
 
@@ -108,43 +113,37 @@ def _judge(view: LLMView, asked: Asked) -> Candidate | None:
 
 
 def _ranked(
-    strategy: BalancingStrategy, wanted: Requirements, allowed: tuple[LLMView, ...]
-) -> tuple[Candidate, ...]:
-    if not allowed:
-        return ()
-    left = {view.name for view in allowed}
-    ranked = []
-    for scored in strategy.rank(wanted, allowed):
-        if scored.llm in left:
-            left.discard(scored.llm)
-            ranked.append(_scored(scored))
-    forgotten = (
-        Candidate(llm=view.name, why="the strategy did not rank it") for view in allowed if view.name in left
-    )
-    return (*ranked, *forgotten)
-
-
-def _scored(scored: Scored) -> Candidate:
-    return Candidate(llm=scored.llm, score=scored.score, parts=scored.parts)
+    strategy: BalancingStrategy, wanted: Requirements, allowed: Mapping[str, LLMView]
+) -> list[Candidate]:
+    """Every allowed one, once, whatever the strategy answers."""
+    ranked: dict[str, Candidate] = {}
+    if allowed:
+        for scored in strategy.rank(wanted, tuple(allowed.values())):
+            if scored.llm in allowed and scored.llm not in ranked:
+                ranked[scored.llm] = Candidate(llm=scored.llm, score=scored.score, parts=scored.parts)
+    for name in allowed:
+        if name not in ranked:
+            ranked[name] = Candidate(llm=name, why="the strategy did not rank it")
+    return list(ranked.values())
 
 
 def _reason(
     asked: Asked,
-    ranked: tuple[Candidate, ...],
-    refused: tuple[Candidate, ...],
-    views: dict[str, LLMView],
+    ranked: Sequence[Candidate],
+    refused: Sequence[Candidate],
+    allowed: Mapping[str, LLMView],
 ) -> str:
     if not ranked:
         each = "; ".join(f"{candidate.llm}: {candidate.refused_by}" for candidate in refused)
         return f"no LLM may serve ({each or 'none is configured'})"
     best = ranked[0]
     why = _why_chosen(asked, best, ranked)
-    facts = _facts(views[best.llm], asked.wanted)
+    facts = _facts(allowed[best.llm], asked.wanted)
     after = ", ".join(sorted(asked.wanted.exclude))
     return f"{best.llm}: {why}{facts}" + (f"; after {after}" if after else "")
 
 
-def _why_chosen(asked: Asked, best: Candidate, ranked: tuple[Candidate, ...]) -> str:
+def _why_chosen(asked: Asked, best: Candidate, ranked: Sequence[Candidate]) -> str:
     if best.llm == asked.wanted.llm:
         return "asked for by name"
     if asked.wanted.llm is not None:
