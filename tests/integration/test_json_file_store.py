@@ -305,6 +305,33 @@ async def test_a_second_server_is_told_who_has_the_folder(root: Path) -> None:
             await JsonFileStore(root).open()
 
 
+async def test_who_leaves_takes_a_write_from_nobody_who_waits_for_it_too(root: Path) -> None:
+    async with opened(root) as store:
+        first = asyncio.ensure_future(accepted(store, key="twice"))
+        second = asyncio.ensure_future(accepted(store, key="twice"))
+        third = asyncio.ensure_future(accepted(store, key="twice"))
+        await asyncio.sleep(0)
+        first.cancel()
+        second.cancel()
+        kept = await third
+        assert first.cancelled()
+        assert second.cancelled()
+        assert (await store.health()).tasks == 1
+        assert await store.read(kept.task_id) == kept
+
+
+async def test_all_that_is_written_in_the_turn_in_which_the_store_closes_is_kept(root: Path) -> None:
+    """More of it than shares an fsync."""
+    async with opened(root) as store:
+        asking = [asyncio.ensure_future(accepted(store)) for _ in range(200)]
+        await asyncio.sleep(0)
+        await store.aclose()
+        kept = [await each for each in asking]
+    async with opened(root) as store:
+        assert [await store.read(task.task_id) for task in kept] == kept
+        assert (await store.health()).tasks == 200
+
+
 async def test_a_start_that_is_cancelled_lets_go_of_the_folder(root: Path) -> None:
     starting = asyncio.ensure_future(JsonFileStore(root).open())
     await asyncio.sleep(0.001)

@@ -174,7 +174,7 @@ async def test_a_frame_that_broke_in_the_middle_is_kept_for_a_person_and_the_oth
 
 async def test_a_prompt_cannot_pretend_to_be_a_frame(tmp_path: Path) -> None:
     forged = str(uuid_utils.uuid7())
-    other = Journal(tmp_path / "other", lambda task_id: tmp_path / task_id, at_once)
+    other = Journal(tmp_path / "other", lambda task_id: str(tmp_path / task_id), at_once)
     other.folder.mkdir()
     other.append([Frame(forged, b"{}")])
     frame = next(other.folder.iterdir()).read_bytes()
@@ -287,7 +287,9 @@ async def test_a_journal_without_space_refuses_and_the_next_write_works(tmp_path
 
 def test_a_full_segment_is_retired_while_the_next_one_is_written(tmp_path: Path) -> None:
     task_ids = [str(uuid_utils.uuid7()) for _ in range(40)]
-    journal = Journal(tmp_path / "journal", lambda task_id: tmp_path / task_id, at_once, segment_bytes=1000)
+    journal = Journal(
+        tmp_path / "journal", lambda task_id: str(tmp_path / task_id), at_once, segment_bytes=1000
+    )
     journal.folder.mkdir()
     for task_id in task_ids:
         journal.append([Frame(task_id, b"x" * 300)])

@@ -66,7 +66,7 @@ class Change(msgspec.Struct, kw_only=True, eq=False):
     task_id: str
     content: bytes = b""
     """What the file is to hold; b"" removes it."""
-    temporary: Path | None = None
+    temporary: str | None = None
     """The new file, beside the old one; None where the file is to follow with `TaskFolder.catch_up`."""
     written: Written | None = None
     gained: frozenset[str] = frozenset()
@@ -85,10 +85,11 @@ class TaskFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._tasks = root / "tasks_state"
+        self._tasks_name = str(self._tasks)
         self.corrupt = root / "corrupt"
         self._blobs = Blobs(root / "blobs")
         self._lock = FolderLock(root)
-        self._journal = Journal(root / "journal", self.path, self.catch_up)
+        self._journal = Journal(root / "journal", self._file, self.catch_up)
         self._late: dict[str, bytes] = {}
         """What the journal has and a file does not say yet, b"" where the file is to be gone."""
 
@@ -149,8 +150,7 @@ class TaskFolder:
 
     def path(self, task_id: str) -> Path:
         """Where a task's file is. `task_id` is canonical."""
-        # The shard is of the id's tail: the head of a UUIDv7 is the time, the same for all of a day.
-        return self._tasks / task_id[-2:] / f"{task_id}.json"
+        return Path(self._file(task_id))
 
     def has_room(self) -> bool:
         """Whether files may be late: there is space for all of them and much more."""
@@ -203,18 +203,18 @@ class TaskFolder:
         for change in changes:
             if change.temporary and (change.problem or change.task_id in self._late):
                 with suppress(OSError):
-                    change.temporary.unlink()
+                    Path(change.temporary).unlink()
             self._blobs.drop(change.gained if change.problem else change.lost)
 
     def catch_up(self, most: int | None = None) -> None:
         """Put late files in place, the oldest first. Raises the first `OSError`, after the others."""
         problem: OSError | None = None
         for task_id, content in list(self._late.items())[:most]:
-            path = self.path(task_id)
+            file = self._file(task_id)
             try:
-                self._put(path, content)
+                self._put(file, content)
             except OSError as exc:
-                exc.filename = exc.filename or str(path)
+                exc.filename = exc.filename or file
                 problem = problem or exc
             else:
                 del self._late[task_id]
@@ -249,7 +249,7 @@ class TaskFolder:
         content, written = encode(packet, before, self._blobs)
         gained = written.blobs - before.blobs if before else written.blobs
         try:
-            temporary = None if late else beside(self.path(packet.task_id), content, sync=False)
+            temporary = None if late else beside(self._file(packet.task_id), content, sync=False)
         except OSError:
             self._blobs.drop(gained)
             raise
@@ -263,7 +263,7 @@ class TaskFolder:
 
     def _take_place(self, change: Change) -> None:
         if change.temporary is not None:
-            change.temporary.rename(self.path(change.task_id))
+            os.rename(change.temporary, self._file(change.task_id))  # noqa: PTH104  (as in `durable`)
         elif change.content:
             self._late[change.task_id] = change.content
             return
@@ -293,14 +293,20 @@ class TaskFolder:
         except FileNotFoundError:
             return None
 
-    def _put(self, path: Path, content: bytes) -> None:
+    def _file(self, task_id: str) -> str:
+        # The shard is of the id's tail: the head of a UUIDv7 is the time, the same for all of a day.
+        return f"{self._tasks_name}/{task_id[-2:]}/{task_id}.json"
+
+    def _put(self, file: str, content: bytes) -> None:
         """Make the file say what is safe in the journal; what a person put in its way is moved aside."""
         if not content:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                Path(file).unlink()
             return
         try:
-            place(path, content, sync=False, suffix=_LATE)
+            place(file, content, sync=False, suffix=_LATE)
         except (IsADirectoryError, NotADirectoryError, FileNotFoundError):
+            path = Path(file)
             for folder in (path, path.with_name(path.name + _LATE)):
                 if folder.is_dir():
                     self.move_aside(folder, "not a file")

@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from ai_agent_server.core.task_packet import is_task_id
-from ai_agent_server.durable import sync_file, sync_folder, write_all
+from ai_agent_server.durable import sync_files, sync_folder, write_all
 
 SUFFIX = ".log"
 SEGMENT_BYTES = 32 * 1024 * 1024
@@ -56,7 +56,7 @@ class Journal:
     def __init__(
         self,
         folder: Path,
-        file_of: Callable[[str], Path],
+        file_of: Callable[[str], str],
         catch_up: Callable[[], None],
         *,
         segment_bytes: int = SEGMENT_BYTES,
@@ -197,17 +197,6 @@ class Journal:
 
 def _unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
-
-
-def sync_files(paths: Iterable[Path]) -> None:
-    """Make files, or that they are gone, survive a power cut, each folder once. Raises `OSError`."""
-    folders: set[Path] = set()
-    for path in paths:
-        folders.add(path.parent)
-        with suppress(FileNotFoundError):
-            sync_file(path)
-    for folder in folders:
-        sync_folder(folder)
 
 
 def segments(folder: Path) -> list[Path]:

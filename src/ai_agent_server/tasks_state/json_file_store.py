@@ -34,7 +34,7 @@ __all__ = ("JsonFileStore",)
 _T = TypeVar("_T")
 _READERS = 2
 _BATCH = 64
-"""How many changes share one fsync at most."""
+"""From so many changes on, those that wait are left to the next fsync; so many files follow at once."""
 _RETRY_S = 1.0
 """How long after files could not be put in place it is tried again."""
 
@@ -56,15 +56,22 @@ PACE = Pace()
 
 
 class _Job(msgspec.Struct, kw_only=True, eq=False):
-    """One change of one task's file: `prepare` runs in the writer, `publish` and `done` on the loop."""
+    """One change of one task's file: `prepare` runs in the writer, `publish` on the loop."""
 
     task_id: str
     key: str | None
     prepare: Callable[[bool], Change]
     publish: Callable[[Written | None], None]
-    done: "asyncio.Future[BaseException | None]"
     change: Change | None = None
     problem: BaseException | None = None
+    waiting: "list[asyncio.Future[None]]" = msgspec.field(default_factory=list)
+    """Whoever waits for its end has a future of their own: one who is cancelled takes it from nobody."""
+
+    def ended(self) -> "asyncio.Future[None]":
+        """Done when the change took place, or did not: then `problem` says why."""
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append(ended)
+        return ended
 
 
 class JsonFileStore:
@@ -95,7 +102,9 @@ class JsonFileStore:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._readers: ThreadPoolExecutor | None = None
         self._writer: threading.Thread | None = None
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._made: list[_Job] = []
+        """Changes that the writer is to get when the loop has gone round once."""
+        self._jobs: queue.SimpleQueue[Sequence[_Job] | None] = queue.SimpleQueue()
         self._finished: deque[_Job] = deque()
         self._woken = False
         self._under_way: dict[str, _Job] = {}
@@ -145,7 +154,7 @@ class JsonFileStore:
                 rival = self._keys_under_way.get(key)
             if rival is None:
                 break
-            await asyncio.shield(rival.done)
+            await rival.ended()
         first = first_state(packet, events)
         await self._change(
             packet.task_id,
@@ -240,7 +249,7 @@ class JsonFileStore:
         """End every write under way, make the files safe without the journal, let go of the folder."""
         self._loop = None
         while self._under_way:
-            await asyncio.wait([job.done for job in self._under_way.values()])
+            await asyncio.wait([job.ended() for job in self._under_way.values()])
         writer, self._writer = self._writer, None
         if writer is not None:
             self._jobs.put(None)
@@ -269,7 +278,7 @@ class JsonFileStore:
 
     async def _idle(self, task_id: str) -> None:
         while (job := self._under_way.get(task_id)) is not None:
-            await asyncio.shield(job.done)
+            await job.ended()
 
     async def _change(
         self,
@@ -281,17 +290,26 @@ class JsonFileStore:
     ) -> None:
         if self._loop is None:
             raise self._closed()
-        job = _Job(
-            task_id=task_id, key=key, prepare=prepare, publish=publish, done=self._loop.create_future()
-        )
+        job = _Job(task_id=task_id, key=key, prepare=prepare, publish=publish)
         self._under_way[task_id] = job
         if key is not None:
             self._keys_under_way[key] = job
-        self._jobs.put(job)
-        # `done` answers the problem instead of raising it: with the asker gone, nobody fetches it.
-        problem = await asyncio.shield(job.done)
-        if problem is not None:
-            raise problem
+        if not self._made:
+            self._loop.call_soon(self._hand_over)
+        self._made.append(job)
+        await job.ended()
+        if job.problem is not None:
+            raise job.problem
+
+    def _hand_over(self) -> None:
+        """Give the writer all that was made together.
+
+        It would wake up for the first of many changes, and fight for the interpreter with the tasks that are
+        about to make the others.
+        """
+        made, self._made = self._made, []
+        for begin in range(0, len(made), _BATCH):
+            self._jobs.put(made[begin : begin + _BATCH])
 
     def _drain(self) -> None:
         self._woken = False
@@ -304,7 +322,9 @@ class JsonFileStore:
                 job.publish(job.change.written)
             else:
                 log.error("store.write_failed", task_id=job.task_id, problem=str(job.problem))
-            job.done.set_result(job.problem)
+            for waiting in job.waiting:
+                if not waiting.done():
+                    waiting.set_result(None)
 
     def _publish(self, packet: TaskPacket, written: Written | None) -> None:
         self._index.put(summary(packet))
@@ -380,18 +400,20 @@ class JsonFileStore:
             job.problem = exc
 
 
-def _next_batch(jobs: queue.SimpleQueue[_Job | None], *, wait_s: float | None) -> Sequence[_Job] | None:
-    """All that waits, nothing when nothing came for `wait_s`, None when the end was put in."""
+def _next_batch(
+    jobs: queue.SimpleQueue[Sequence[_Job] | None], *, wait_s: float | None
+) -> Sequence[_Job] | None:
+    """What waits, nothing when nothing came for `wait_s`, None when the end was put in."""
     batch: list[_Job] = []
     try:
-        job = jobs.get(timeout=wait_s)
+        more = jobs.get(timeout=wait_s)
     except queue.Empty:
         return batch
-    while job is not None:
-        batch.append(job)
-        if len(batch) == _BATCH or jobs.empty():
+    while more is not None:
+        batch += more
+        if len(batch) >= _BATCH or jobs.empty():
             return batch
-        job = jobs.get()
+        more = jobs.get()
     if not batch:
         return None
     jobs.put(None)
