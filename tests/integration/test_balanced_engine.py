@@ -545,14 +545,22 @@ async def test_who_leaves_the_line_takes_no_place() -> None:
     assert line.calls == ["0", "2"]
 
 
-async def test_who_leaves_in_the_moment_of_being_served_gives_the_place_back() -> None:
-    line = LineEngine()
+async def one_that_runs_and_one_that_waits(
+    engine: BalancedEngine, line: LineEngine
+) -> tuple[asyncio.Task[ChatReply], asyncio.Task[ChatReply]]:
+    """Of one slot, held by `line`."""
     line.hold.clear()
-    engine = balanced({"a": (LOCAL, line)})
     running = asyncio.create_task(chat(engine, asking("0")))
     await until(lambda: line.running == 1)
     waiting = asyncio.create_task(chat(engine, asking("1")))
     await until(lambda: engine.waiting == 1)
+    return running, waiting
+
+
+async def test_who_leaves_in_the_moment_of_being_served_gives_the_place_back() -> None:
+    line = LineEngine()
+    engine = balanced({"a": (LOCAL, line)})
+    running, waiting = await one_that_runs_and_one_that_waits(engine, line)
     running.cancel()
     async with asyncio.timeout(DEADLINE_S):
         while engine.waiting:
@@ -571,12 +579,8 @@ async def test_a_wait_that_cannot_be_logged_costs_nobody_the_place() -> None:
         raise BrokenPipeError(str(event["event"]))
 
     line = LineEngine()
-    line.hold.clear()
     engine = balanced({"a": (LOCAL, line)})
-    running = asyncio.create_task(chat(engine, asking("0")))
-    await until(lambda: line.running == 1)
-    waiting = asyncio.create_task(chat(engine, asking("1")))
-    await until(lambda: engine.waiting == 1)
+    running, waiting = await one_that_runs_and_one_that_waits(engine, line)
     structlog.configure(processors=[broken])
     try:
         line.hold.set()

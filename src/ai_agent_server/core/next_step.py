@@ -117,7 +117,7 @@ _IDLING = frozenset({InputRequired, Paused, Recovered})
 Action: TypeAlias = RunStep | AskOutside | StillWaiting | Hold | EndWell | EndBadly | Decline
 Report: TypeAlias = StepFinished | FeedbackReceived
 _REPORTS = (StepFinished, FeedbackReceived)
-_ANSWERS = (StepFinished, FeedbackReceived, InputRequired)
+_ANSWERS = (*_REPORTS, InputRequired)
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):

@@ -587,7 +587,7 @@ class BalancedEngine:
 class _Attempt:
     """A place for one try. A failure that another try may make good ends here, after its pause.
 
-    No generator: the event loop notes the begin and the end of each, which costs as much as the place.
+    No generator: the event loop notes the begin and the end of each.
     """
 
     def __init__(self, balancer: BalancedEngine, journey: Journey) -> None:

@@ -85,7 +85,6 @@ class TaskFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._tasks = root / "tasks_state"
-        self._tasks_name = str(self._tasks)
         self.corrupt = root / "corrupt"
         self._blobs = Blobs(root / "blobs")
         self._lock = FolderLock(root)
@@ -295,13 +294,12 @@ class TaskFolder:
 
     def _file(self, task_id: str) -> str:
         # The shard is of the id's tail: the head of a UUIDv7 is the time, the same for all of a day.
-        return f"{self._tasks_name}/{task_id[-2:]}/{task_id}.json"
+        return f"{self._tasks}/{task_id[-2:]}/{task_id}.json"
 
     def _put(self, file: str, content: bytes) -> None:
         """Make the file say what is safe in the journal; what a person put in its way is moved aside."""
         if not content:
-            with suppress(FileNotFoundError):
-                Path(file).unlink()
+            Path(file).unlink(missing_ok=True)
             return
         try:
             place(file, content, sync=False, suffix=_LATE)
