@@ -10,9 +10,12 @@ from typing import Any
 import httpx
 import pytest
 
+from ai_agent_server.core.next_step import POISON_AFTER
 from tests.servers.process import ServerProcess, scripted, write_config
 
-KILLS = 22
+# One more on the same step, and it would rightly be taken for what brings the server down: on a slow
+# machine a step gets no further between two kills.
+KILLS = POISON_AFTER
 END_S = 200.0
 SEED = 20261121
 
