@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,6 +75,10 @@ def file_in(root: Path, task_id: str) -> Path:
 
 def at_once() -> None:
     """The catching up of files that are never late."""
+
+
+def not_again(contents: Mapping[str, bytes]) -> None:
+    raise AssertionError(f"{contents.keys()} were safe")
 
 
 def segment_in(root: Path) -> Path:
@@ -174,7 +178,7 @@ async def test_a_frame_that_broke_in_the_middle_is_kept_for_a_person_and_the_oth
 
 async def test_a_prompt_cannot_pretend_to_be_a_frame(tmp_path: Path) -> None:
     forged = str(uuid_utils.uuid7())
-    other = Journal(tmp_path / "other", lambda task_id: str(tmp_path / task_id), at_once)
+    other = Journal(tmp_path / "other", lambda task_id: str(tmp_path / task_id), at_once, not_again)
     other.folder.mkdir()
     other.append([Frame(forged, b"{}")])
     frame = next(other.folder.iterdir()).read_bytes()
@@ -288,7 +292,7 @@ async def test_a_journal_without_space_refuses_and_the_next_write_works(tmp_path
 def test_a_full_segment_is_retired_while_the_next_one_is_written(tmp_path: Path) -> None:
     task_ids = [str(uuid_utils.uuid7()) for _ in range(40)]
     journal = Journal(
-        tmp_path / "journal", lambda task_id: str(tmp_path / task_id), at_once, segment_bytes=1000
+        tmp_path / "journal", lambda task_id: str(tmp_path / task_id), at_once, not_again, segment_bytes=1000
     )
     journal.folder.mkdir()
     for task_id in task_ids:
@@ -329,6 +333,35 @@ async def test_a_checkpoint_while_tasks_are_written_loses_nothing(tmp_path: Path
     async with opened(root) as store:
         assert [await store.read(task.task_id) for task in tasks] == tasks
         assert (await store.health()).corrupt == 0
+
+
+async def test_a_file_that_an_fsync_lost_is_written_again_before_the_journal_lets_go_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+    lost: list[Path] = []
+
+    def failing_once(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path == file and not lost:
+            # What a disk's error leaves: pages that count as written and are not.
+            lost.append(path)
+            os.truncate(path, 0)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    async with opened(tmp_path / "state") as store:
+        task = await accepted(store)
+        file = file_in(tmp_path / "state", task.task_id)
+        content = file.read_bytes()
+        monkeypatch.setattr(os, "fsync", failing_once)
+        other = await accepted(store, prompt="x" * 200_000)
+        async with asyncio.timeout(60):
+            while (tmp_path / "state" / "journal" / "00000001.log").exists():
+                other = await started(store, other)
+        assert lost
+        assert file.read_bytes() == content
+        assert await store.read(other.task_id) == other
 
 
 async def test_a_start_that_finds_no_space_for_the_journals_files_shows_what_is_in_it(

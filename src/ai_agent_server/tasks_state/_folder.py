@@ -1,7 +1,7 @@
 """The state folder: its lock, its layout, what is in it at the start, and each task's file. Blocking."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -88,7 +88,7 @@ class TaskFolder:
         self.corrupt = root / "corrupt"
         self._blobs = Blobs(root / "blobs")
         self._lock = FolderLock(root)
-        self._journal = Journal(root / "journal", self._file, self.catch_up)
+        self._journal = Journal(root / "journal", self._file, self.catch_up, self._write_again)
         self._late: dict[str, bytes] = {}
         """What the journal has and a file does not say yet, b"" where the file is to be gone."""
 
@@ -193,7 +193,7 @@ class TaskFolder:
                     change.problem = meaning(exc, self.path(change.task_id))
             if refused := [change for change in changes if change.problem]:
                 try:
-                    self._journal.settle()
+                    self._journal.settle(refused=True)
                 except OSError as exc:
                     log.warning("store.journal_not_settled", problem=str(exc))
                     for change in refused:
@@ -269,6 +269,10 @@ class TaskFolder:
         else:
             self.path(change.task_id).unlink(missing_ok=True)
         self._late.pop(change.task_id, None)
+
+    def _write_again(self, contents: Mapping[str, bytes]) -> None:
+        for task_id, content in contents.items():
+            self._late.setdefault(task_id, content)
 
     def _removed_at_once(self, change: Change) -> bool:
         """Whether it was a removal that needs no frame, there being none of its task: it makes space."""

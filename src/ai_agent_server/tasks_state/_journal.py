@@ -4,10 +4,11 @@ A segment is a row of frames: magic, length and CRC-32 of what follows, a task's
 of its file (none: the task is deleted). The magic is no UTF-8, so no content can pretend to be a frame.
 """
 
+import errno
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
@@ -44,13 +45,17 @@ class _Segment(msgspec.Struct, kw_only=True, eq=False):
     task_ids: set[str]
     end: Callable[[Path], None]
     """What becomes of it when the files that it names are safe."""
+    is_suspect: bool = False
+    """Whether an fsync of its files failed. Linux says so once: the next one succeeds, and what was to be
+    written may be lost (https://wiki.postgresql.org/wiki/Fsync_Errors)."""
 
 
 class Journal:
     """Frames in `folder/<number>.log`, until the files that they name are safe themselves.
 
     Owned by one thread at a time. `file_of` says where a task's file is; `catch_up` brings every file
-    to its last frame, and raises `OSError` where it cannot.
+    to its last frame, and raises `OSError` where it cannot; `write_again` is given contents that
+    `catch_up` is to write once more.
     """
 
     def __init__(
@@ -58,12 +63,14 @@ class Journal:
         folder: Path,
         file_of: Callable[[str], str],
         catch_up: Callable[[], None],
+        write_again: Callable[[Mapping[str, bytes]], None],
         *,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         self.folder = folder
         self._file_of = file_of
         self._catch_up = catch_up
+        self._write_again = write_again
         self._segment_bytes = segment_bytes
         self._number = 0
         self._segment: _Segment | None = None
@@ -88,7 +95,10 @@ class Journal:
         named = set(task_ids)
         for path in left:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._older.append(_Segment(path=path, descriptor=descriptor, task_ids=named, end=end))
+            size_bytes = os.fstat(descriptor).st_size
+            self._older.append(
+                _Segment(path=path, descriptor=descriptor, size_bytes=size_bytes, task_ids=named, end=end)
+            )
             self._number = max(self._number, int(path.stem) if path.stem.isdecimal() else 0)
         self._doubtful = True
 
@@ -113,14 +123,17 @@ class Journal:
         segment.size_bytes += len(content)
         segment.task_ids.update(frame.task_id for frame in frames)
 
-    def settle(self) -> None:
+    def settle(self, *, refused: bool = False) -> None:
         """Bring the files up to date, make them safe themselves, and remove the journal.
 
-        Also the way out when a frame says what did not become true. Raises `OSError`; then nothing is
+        With `refused` the newest frames say what did not become true. Raises `OSError`; then nothing is
         taken until this succeeds.
         """
         self._doubtful = True
         self._join()
+        if refused and any(segment.is_suspect for segment in self._older):
+            raise OSError(errno.EIO, "files are to be written again from the journal")
+        self._doubt()
         self._catch_up()
         if self._segment is not None:
             self._older.append(self._segment)
@@ -166,11 +179,27 @@ class Journal:
             if segment.size_bytes < _BACKLOG * self._segment_bytes:
                 return
             self._join()
+        self._doubt()
         self._catch_up()
         self._older.append(segment)
         self._segment = None
         self._checkpoint = threading.Thread(target=self._retire_older, name="task-checkpoint", daemon=True)
         self._checkpoint.start()
+
+    def _doubt(self) -> None:
+        """Have every file of a suspect segment written again."""
+        suspect = [segment for segment in self._older if segment.is_suspect]
+        if not suspect:
+            return
+        newest: dict[str, bytes] = {}
+        for segment in (*self._older, self._segment):
+            if segment is not None and segment.path.exists():
+                for frame, _ in frames(segment.path.read_bytes()[: segment.size_bytes]):
+                    newest[frame.task_id] = frame.content
+        named = set().union(*(segment.task_ids for segment in suspect))
+        self._write_again({task_id: newest[task_id] for task_id in named & newest.keys()})
+        for segment in suspect:
+            segment.is_suspect = False
 
     def _join(self) -> None:
         if self._checkpoint is not None:
@@ -188,7 +217,11 @@ class Journal:
             del self._older[0]
 
     def _retire(self, segment: _Segment) -> None:
-        sync_files(self._file_of(task_id) for task_id in segment.task_ids)
+        try:
+            sync_files(self._file_of(task_id) for task_id in segment.task_ids)
+        except OSError:
+            segment.is_suspect = True
+            raise
         # Its unlink is safe before the next one's: what is left is always the journal's newer part.
         segment.end(segment.path)
         sync_folder(self.folder)
