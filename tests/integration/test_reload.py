@@ -15,7 +15,7 @@ import pytest
 from ai_agent_server import app
 from ai_agent_server.app import Server, StoreWatch, running, try_reload
 from ai_agent_server.channels.memory_channel import MemoryChannel
-from ai_agent_server.core.task_packet import TaskDraft, TaskPacket
+from ai_agent_server.core.task_packet import StepFinished, TaskDraft, TaskPacket
 from ai_agent_server.errors import ConfigurationError, SandboxError, StoreUnusableError
 from ai_agent_server.llm_engines.local.scripted_engine import ScriptedEngine
 from ai_agent_server.tasks_state.base import StoreHealth
@@ -123,6 +123,28 @@ async def test_a_reload_whose_asker_left_is_whole_or_not_there(configuration: Co
             assert (await ask(server)).status == "completed"
         await server.reload()
         assert llm in server.settings.llms
+
+
+async def test_a_task_that_waits_for_an_llm_which_a_reload_takes_away_goes_where_its_role_goes_now(
+    configuration: Configuration,
+) -> None:
+    slow = {
+        "engine": "local.scripted",
+        "model": "m",
+        "source": "local",
+        "slots": 1,
+        "options": {"replies": ["from one"], "delay_s": 1.0},
+    }
+    configuration.write(llms={"one": slow})
+    async with configuration.running() as (server, _):
+        asked = [asyncio.create_task(ask(server)) for _ in range(3)]
+        await until(lambda: server.balancer.waiting == 2)
+        configuration.write("two")
+        await server.reload()
+        ended = await asyncio.gather(*asked)
+    assert [packet.status for packet in ended] == ["completed"] * 3
+    steps = [event for packet in ended for event in packet.history if isinstance(event, StepFinished)]
+    assert sorted(step.call.llm for step in steps if step.call) == ["one", "two", "two"]
 
 
 @pytest.mark.parametrize("broken", [b"Say \xff it.", None])

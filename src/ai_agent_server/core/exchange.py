@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, Privacy, RouteHints
+from ai_agent_server.core.chat import ChatDelta, ChatReply, ChatRequest, ChatUsage, RouteHints
 from ai_agent_server.core.ports import Grant, Senders
 from ai_agent_server.core.task_packet import (
     Limits,
@@ -16,7 +16,7 @@ from ai_agent_server.core.task_packet import (
     TaskPacket,
     Usage,
 )
-from ai_agent_server.errors import AgentServerError, EngineProtocolError
+from ai_agent_server.errors import AgentServerError, EngineProtocolError, NoLLMError
 from ai_agent_server.llm_engines.base import JoinedStream
 from ai_agent_server.load_balancer.base import SendingLLM, Source
 from ai_agent_server.load_balancer.estimate import input_tokens
@@ -81,8 +81,7 @@ class Exchange:
         packet: TaskPacket,
         step: int,
         role: str,
-        hints: RouteHints,
-        privacy: Privacy,
+        route: Callable[[], RouteHints],
         max_tokens: int,
         llm: SendingLLM,
         senders: Senders,
@@ -90,8 +89,9 @@ class Exchange:
         monotonic: Callable[[], float],
         tell: Callable[[Progress], None],
     ) -> None:
+        """`route` says where the role's requests go, by the configuration as it is then."""
         self._packet, self._step, self._role = packet, step, role
-        self._hints, self._privacy, self._max_tokens = hints, privacy, max_tokens
+        self._route, self._max_tokens = route, max_tokens
         self._llm, self._price, self._monotonic, self._tell = llm, price, monotonic, tell
         self._senders = senders
         self._used = False
@@ -106,7 +106,17 @@ class Exchange:
         if (outcome := spent(self._packet.usage, self._packet.limits)) is not None:
             raise BudgetSpentError(outcome)
         prompt_tokens = input_tokens(request)
-        route, max_tokens = self._bounds(request, prompt_tokens)
+        while True:
+            route = self._route()
+            try:
+                return await self._ask(request, route, prompt_tokens)
+            except NoLLMError:
+                if self._route() == route:
+                    raise
+                # It was to go to an LLM that a reload took away: it goes where the role's requests go now.
+
+    async def _ask(self, request: ChatRequest, route: RouteHints, prompt_tokens: int) -> ChatReply:
+        route, max_tokens = self._bounds(request, route, prompt_tokens)
         digest = hashlib.sha256(msgspec.json.encode(request.messages)).hexdigest()
         joined = JoinedStream()
         began = self._monotonic()
@@ -159,7 +169,7 @@ class Exchange:
     def _note_sent(self, llm: str, source: Source) -> None:
         self._sent_to = llm, source
 
-    def _bounds(self, request: ChatRequest, prompt_tokens: int) -> tuple[RouteHints, int]:
+    def _bounds(self, request: ChatRequest, route: RouteHints, prompt_tokens: int) -> tuple[RouteHints, int]:
         """Where it may go, by what is left of the task's limits, and how many tokens its answer may have."""
         used, limits = self._packet.usage, self._packet.limits
         room = limits.tokens - used.tokens - prompt_tokens
@@ -167,8 +177,7 @@ class Exchange:
             raise BudgetSpentError("budget_tokens")
         max_tokens = min(request.max_tokens or self._max_tokens, room)
         cost_left = None if limits.cost_usd is None else max(0.0, limits.cost_usd - used.cost_usd)
-        route = msgspec.structs.replace(self._hints, privacy=self._privacy, max_cost_usd=cost_left)
-        return route, max_tokens
+        return msgspec.structs.replace(route, max_cost_usd=cost_left), max_tokens
 
     def _record(
         self,

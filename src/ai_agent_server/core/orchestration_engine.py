@@ -8,6 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import assert_never
 
 import msgspec
@@ -228,7 +229,7 @@ class OrchestrationEngine:
         self._readers.close()
 
     def configure(self, profiles: Mapping[str, Profile]) -> None:
-        """Take another configuration; running steps end as they began."""
+        """Take another configuration; running steps end as they began, but ask where it says now."""
         self._profiles = profiles
         self._external = {name: profile.external for name, profile in profiles.items()}
         self._checks = {
@@ -698,8 +699,7 @@ class OrchestrationEngine:
             packet=packet,
             step=action.step,
             role=action.role,
-            hints=role.hints,
-            privacy=_privacy(packet, profile, role),
+            route=partial(self._route, packet, action.role, profile),
             max_tokens=role.spec.max_tokens,
             llm=self._llm,
             senders=self._senders,
@@ -747,6 +747,14 @@ class OrchestrationEngine:
             duration_ms=round(finished.duration_ms, 1),
         )
         return finished
+
+    def _route(self, packet: TaskPacket, name: str, began_with: Profile) -> RouteHints:
+        """Where a step's requests go: by the configuration of now, which may be another than at its begin."""
+        profile = self._profiles.get(packet.profile, began_with)
+        if name not in profile.roles:
+            profile = began_with
+        role = profile.roles[name]
+        return msgspec.structs.replace(role.hints, privacy=_privacy(packet, profile, role))
 
     def _finished(
         self, action: RunStep, began: float, outcome: Outcome, call: LLMCall | None
