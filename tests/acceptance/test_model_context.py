@@ -249,6 +249,29 @@ async def test_an_open_session_does_not_hold_the_stop_up(tmp_path: Path) -> None
             pass  # the client finds nobody to tell that it leaves
 
 
+async def test_many_first_requests_at_once_are_all_answered(tmp_path: Path) -> None:
+    about = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    begin = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": about}
+    accept = {"Accept": "application/json, text/event-stream"}
+    async with serving(tmp_path, "x") as server, server.http() as http:
+        gone = asyncio.create_task(http.post("/mcp", json=begin, headers=accept))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        answers = await asyncio.gather(*(http.post("/mcp", json=begin, headers=accept) for _ in range(8)))
+        assert {(answer.status_code, "serverInfo" in answer.text) for answer in answers} == {(200, True)}
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.1, 0.4])
+async def test_a_stop_while_the_first_request_waits_is_bounded(tmp_path: Path, after_s: float) -> None:
+    ask = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    async with serving(tmp_path, "x") as server, server.http() as http:
+        asked = asyncio.create_task(http.post("/mcp", json=ask))
+        await asyncio.sleep(after_s)
+        async with asyncio.timeout(20):
+            assert await server.stop() == 0
+        await asyncio.wait((asked,))
+
+
 async def test_who_may_not_come_in_does_not(tmp_path: Path) -> None:
     ask = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
     accept = {"Accept": "application/json, text/event-stream"}

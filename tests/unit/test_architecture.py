@@ -62,3 +62,10 @@ def test_an_arrow_that_points_the_wrong_way_breaks_its_contract(
     broken = [line for line in seen.stdout.splitlines() if line.endswith("BROKEN")]
     assert seen.returncode == 1
     assert any(contract in line for line in broken), seen.stdout
+
+
+def test_what_few_need_is_not_imported_at_the_start() -> None:
+    """The SDK of the Model Context Protocol doubles the time and adds half the memory."""
+    program = "import sys, ai_agent_server.app; print(sys.modules.keys() & {'mcp', 'mcp_types', 'xllamacpp'})"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout == "set()\n"
