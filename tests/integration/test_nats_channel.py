@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -84,6 +85,23 @@ async def test_a_publication_while_the_server_is_away_fails_and_says_so(
     await until(lambda: channel.health().state == "reconnecting")
     with pytest.raises(ChannelError, match="not connected"):
         await channel.publish(FEEDBACK, b"lost?")
+
+
+async def test_what_comes_again_before_its_return_is_confirmed_is_not_dropped(channel: NatsChannel) -> None:
+    async with channel.subscribe(FEEDBACK, group="a") as deliveries:
+        await channel.publish(FEEDBACK, b"x")
+        for turns in range(20):
+            async with asyncio.timeout(15):  # the server would wait for 30 s for a word
+                delivery = await anext(deliveries)
+            returning = asyncio.create_task(delivery.nak(0.01))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            # The loop is busy: where the word was sent, its confirmation and the message come together.
+            time.sleep(0.05)  # noqa: ASYNC251
+            await returning
+        last = await the_next(deliveries)
+        assert last.delivered == 21
+        await last.ack()
 
 
 async def test_a_subscription_lives_through_a_kill_and_a_restart(

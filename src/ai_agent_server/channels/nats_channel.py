@@ -169,8 +169,9 @@ class _Subscription:
 
     def ended(self, delivery: "_Delivery") -> None:
         """Its place is free again."""
-        self._open.pop(delivery.key, None)
-        self._freed.set()
+        if self._open.get(delivery.key) is delivery:  # it may have come again already
+            del self._open[delivery.key]
+            self._freed.set()
 
     async def pull(self) -> None:
         """Ask for messages, for ever; a pull that fails or falls silent is built anew."""
@@ -241,7 +242,8 @@ class _Subscription:
 
     def _take(self, message: Msg, session: Session) -> None:
         delivery = _Delivery(self, message, session.incarnations[self._stream])
-        if delivery.key in self._open:
+        earlier = self._open.get(delivery.key)
+        if earlier is not None and not earlier.is_returned:
             return  # redelivered while it is still being worked on; the one acknowledgement covers both
         self._open[delivery.key] = delivery
         self._ready.put_nowait(delivery)
@@ -253,7 +255,7 @@ class _Subscription:
             session = await self._link.session()
             with suppress(Error, OSError):
                 for delivery in tuple(self._open.values()):
-                    if delivery.key in self._open:
+                    if self._open.get(delivery.key) is delivery and not delivery.is_returned:
                         await session.client.publish(delivery.reply, b"+WPI")
 
     async def give_back(self) -> None:
@@ -319,11 +321,14 @@ class _Delivery:
         self.dedupe_id = published_as or f"{meta.stream}:{meta.sequence.stream}:{meta.timestamp.isoformat()}"
         self._subscription = subscription
         self._is_ended = False
+        self.is_returned = False
+        """It may come again from now on."""
 
     async def ack(self) -> None:
         await self._end(b"+ACK")
 
     async def nak(self, delay_s: float) -> None:
+        self.is_returned = self.is_returned or not self._is_ended
         await self._end(b"-NAK " + json.dumps({"delay": int(delay_s * 1e9)}).encode())
 
     async def term(self) -> None:
