@@ -14,7 +14,8 @@ import pytest
 
 from ai_agent_server import app
 from ai_agent_server.app import Server, StoreWatch, running, try_reload
-from ai_agent_server.channels.memory_channel import MemoryChannel
+from ai_agent_server.channels.nats_channel import NatsChannel
+from ai_agent_server.core.ports import Component
 from ai_agent_server.core.task_packet import StepFinished, TaskDraft, TaskPacket
 from ai_agent_server.errors import ConfigurationError, SandboxError, StoreUnusableError
 from ai_agent_server.llm_engines.local.scripted_engine import ScriptedEngine
@@ -288,24 +289,31 @@ async def test_many_who_ask_for_health_look_at_the_store_once_a_second(tmp_path:
 async def test_health_says_that_messaging_ended_and_what_waits_for_it(
     configuration: Configuration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    configuration.write(messaging={"enabled": True})
     async with configuration.running() as (server, _):
         assert (await server.health()).components["nats"].status == "ok"
 
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of somebody's prompt")
 
-    monkeypatch.setattr(MemoryChannel, "subscribe", broken)
+    async def said() -> Component:
+        async with asyncio.timeout(DEADLINE_S):
+            while (await server.health()).components["nats"].status == "ok":
+                await asyncio.sleep(0.01)
+        await ask(server)
+        nats: Component = (await server.health()).components["nats"]
+        return nats
+
+    monkeypatch.setattr(NatsChannel, "subscribe", broken)
+    found: Component | BaseException | None = None
     # What ended messaging is raised once more at the end.
     with pytest.raises(ZeroDivisionError):
         async with configuration.running() as (server, _):
-            async with asyncio.timeout(DEADLINE_S):
-                while (await server.health()).components["nats"].status == "ok":
-                    await asyncio.sleep(0.01)
-            await ask(server)
-            said = (await server.health()).components["nats"]
-            assert said.detail.startswith("no messages are carried (ZeroDivisionError); connected")
-            assert said.detail.endswith("; tasks with events to publish: 1")
-            assert "restart" in said.advice
+            (found,) = await asyncio.gather(said(), return_exceptions=True)
+    assert isinstance(found, Component)
+    assert found.detail.startswith("no messages are carried (ZeroDivisionError); connected")
+    assert found.detail.endswith("; tasks with events to publish: 1")
+    assert "restart" in found.advice
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
