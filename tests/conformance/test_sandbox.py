@@ -19,6 +19,7 @@ from ai_agent_server.discovery import implementation, kinds
 from ai_agent_server.errors import SandboxError
 from ai_agent_server.sandbox._choose import choose_sandbox
 from ai_agent_server.sandbox.base import Sandbox, SandboxLimits
+from tests.waiting import until
 
 TIERS = tuple(kind for kind in kinds(package) if kind != "python_suite")
 LIMITS = SandboxLimits(cpu_s=5, wall_s=20.0, memory_mb=200, processes=16, file_mb=4, output_kb=16)
@@ -44,13 +45,6 @@ def processes_with(token: str) -> tuple[int, ...]:
                 if token.encode() in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
     return tuple(found)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for it; the deadline only bounds a wait that would never end."""
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def work_folders() -> set[Path]:

@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tests.servers.llama_server_double import LlamaServerDouble
 from tests.servers.ollama_double import OllamaDouble
 from tests.servers.process import ServerProcess, scripted, write_config
 from tests.servers.vllm_double import VLLMDouble
+from tests.waiting import until
 
 DEADLINE_S = 60.0
 MB = 2**20
@@ -212,11 +213,6 @@ def view(engine: BalancedEngine) -> AcceleratorView:
 
 def books(engine: BalancedEngine, name: str) -> MemoryView:
     return next(each for each in view(engine).llms if each.llm == name)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
 
 
 @asynccontextmanager

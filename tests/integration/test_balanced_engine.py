@@ -30,6 +30,7 @@ from ai_agent_server.llm_engines.base import ModelCard, Residency, chat
 from ai_agent_server.load_balancer.balanced_engine import BalancedEngine, Member
 from ai_agent_server.load_balancer.base import LLMView, Requirements
 from ai_agent_server.load_balancer.strategies.resident_first import ResidentFirst
+from tests.waiting import until
 
 DEADLINE_S = 60.0
 
@@ -155,12 +156,6 @@ def told() -> Iterator[list[str]]:
     structlog.configure(processors=[take])
     yield said
     structlog.reset_defaults()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_the_first_delta_says_which_llm_and_why() -> None:

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from ai_agent_server.errors import StoreFullError, TaskNotFoundError
 from ai_agent_server.tasks_state.base import TaskFilter
 from ai_agent_server.tasks_state.json_file_store import PACE, JsonFileStore, Pace
 from tests.integration.test_json_file_store import mounting, say
+from tests.waiting import until
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 MODULE = f"tests.integration.{Path(__file__).stem}"
@@ -75,12 +76,6 @@ def revision_in(path: Path) -> int:
         return msgspec.json.decode(path.read_bytes(), type=TaskPacket).revision
     except FileNotFoundError:
         return 0
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not is_so():
-            await asyncio.sleep(0.005)
 
 
 async def test_where_little_is_written_every_file_is_current_when_its_change_is_answered(

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -47,6 +47,7 @@ from ai_agent_server.errors import (
 )
 from tests.servers.nats import NatsServer, a_nats_server
 from tests.servers.orchestration_double import OrchestrationDouble
+from tests.waiting import until
 
 WAIT_S = 60.0
 PACKET: dict[str, Any] = {"profile": "developer", "role": "planner", "payload": {"task": "add two numbers"}}
@@ -155,16 +156,6 @@ class Outside:
         """The events that came out: (task, seq) each."""
         packets = await self.kept(FEEDBACK)
         return [(p["task_id"], p["event"]["seq"]) for p in packets if p.get("kind") == "event"]
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    """Wait for what is to come true; only a bound is put on the time."""
-    async with asyncio.timeout(WAIT_S):
-        while True:
-            holds = condition()
-            if holds if isinstance(holds, bool) else await holds:
-                return
-            await asyncio.sleep(0.02)
 
 
 @pytest.fixture

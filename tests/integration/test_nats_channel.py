@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,14 +15,9 @@ from ai_agent_server.channels.base import FEEDBACK, INBOUND, Delivery
 from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.errors import ChannelError
 from tests.servers.nats import NatsServer, a_nats_server
+from tests.waiting import until
 
 WAIT_S = 60.0
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def the_next(deliveries: AsyncIterator[Delivery]) -> Delivery:

@@ -5,7 +5,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import nats
@@ -16,6 +16,7 @@ from ai_agent_server.channels._embedded_nats import EmbeddedNats, find_nats_serv
 from ai_agent_server.channels.base import FEEDBACK
 from ai_agent_server.channels.nats_channel import NatsChannel
 from ai_agent_server.errors import ChannelError
+from tests.waiting import until
 
 WAIT_S = 60.0
 
@@ -31,12 +32,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ai_agent_server.llm_engines.local.scripted_engine import ScriptedEngine
 from ai_agent_server.tasks_state.base import StoreHealth
 from ai_agent_server.tasks_state.memory_store import MemoryStore
 from tests.servers.api import serving
+from tests.waiting import until
 
 DEADLINE_S = 60.0
 
@@ -72,12 +73,6 @@ async def ask(server: Server) -> TaskPacket:
 def toggle_of(server: Server, name: str = "one") -> bool:
     (view,) = [view for view in server.balancer.views() if view.name == name]
     return view.toggle
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from ai_agent_server.gateway.answer_cache import AnswerCache, Reading
 from ai_agent_server.gateway.caller import Caller
 from ai_agent_server.llm_engines.base import JoinedStream
 from ai_agent_server.load_balancer.base import Sent
+from tests.waiting import until
 
 USING = Caller(key="laptop", cache="use")
 REFRESHING = Caller(key="laptop", cache="refresh")
-DEADLINE_S = 60.0
 
 
 class Engine:
@@ -96,12 +96,6 @@ async def read(reading: Reading, engine: Engine) -> str:
 
 def ask(text: str = "Name a colour.", **changes: Any) -> ChatRequest:
     return ChatRequest(messages=(message("user", text),), **changes)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not true():
-            await asyncio.sleep(0)
 
 
 @pytest.fixture
