@@ -341,33 +341,76 @@ async def test_a_checkpoint_while_tasks_are_written_loses_nothing(tmp_path: Path
         assert (await store.health()).corrupt == 0
 
 
-async def test_a_file_that_an_fsync_lost_is_written_again_before_the_journal_lets_go_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsync = os.fsync
-    lost: list[Path] = []
+@contextmanager
+def one_fsync_fails(file: Path, number: int, *, lost: bool = False) -> Iterator[list[Path]]:
+    """The next fsync of `file` fails, and the ones after it succeed; `lost` says what the disk has then."""
+    fsync, failed = os.fsync, list[Path]()
 
     def failing_once(descriptor: int) -> None:
-        path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        if path == file and not lost:
-            # What a disk's error leaves: pages that count as written and are not.
-            lost.append(path)
-            os.truncate(path, 0)
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if not failed and Path(f"/proc/self/fd/{descriptor}").readlink() == file:
+            failed.append(file)
+            if lost:
+                # What a disk's error leaves: pages that count as written and are not.
+                os.truncate(file, 0)
+            raise OSError(number, os.strerror(number))
         fsync(descriptor)
 
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", failing_once)
+        yield failed
+
+
+async def test_a_file_that_an_fsync_lost_is_written_again_before_the_journal_lets_go_of_it(
+    tmp_path: Path,
+) -> None:
     async with opened(tmp_path / "state") as store:
         task = await accepted(store)
         file = file_in(tmp_path / "state", task.task_id)
         content = file.read_bytes()
-        monkeypatch.setattr(os, "fsync", failing_once)
-        other = await accepted(store, prompt="x" * 200_000)
-        async with asyncio.timeout(60):
-            while (tmp_path / "state" / "journal" / "00000001.log").exists():
-                other = await started(store, other)
-        assert lost
+        with one_fsync_fails(file, errno.EIO, lost=True) as failed:
+            other = await accepted(store, prompt="x" * 200_000)
+            async with asyncio.timeout(60):
+                while (tmp_path / "state" / "journal" / "00000001.log").exists():
+                    other = await started(store, other)
+        assert failed
         assert file.read_bytes() == content
         assert await store.read(other.task_id) == other
+    assert not (tmp_path / "state" / "journal").exists()
+
+
+async def test_a_start_after_an_fsync_that_failed_trusts_no_file(tmp_path: Path) -> None:
+    root = tmp_path / "state"
+    async with opened(root) as store:
+        task = await accepted(store)
+        file = file_in(root, task.task_id)
+        first = file.stat().st_ino
+        with one_fsync_fails(file, errno.EIO) as failed:
+            await store.aclose()
+        assert failed
+    # The content is there, in memory: only what is written anew is on the disk after the next fsync.
+    async with opened(root) as store:
+        assert await store.read(task.task_id) == task
+        assert file.stat().st_ino != first
+    assert not (root / "journal").exists()
+    again = file.stat().st_ino
+    async with opened(root):
+        assert file.stat().st_ino == again
+
+
+async def test_a_file_that_is_ahead_of_a_journal_whose_fsync_fails_stays(tmp_path: Path) -> None:
+    async with opened(tmp_path / "state") as store:
+        task = await accepted(store)
+        length = segment_in(tmp_path / "state").stat().st_size
+        ahead = await started(store, task)
+        root = after_the_cut(tmp_path / "state", tmp_path / "cut")
+    os.truncate(segment_in(root), length)
+    with one_fsync_fails(file_in(root, task.task_id), errno.ENOSPC) as failed:
+        async with opened(root) as store:
+            assert await store.read(task.task_id) == ahead
+            await accepted(store)
+    assert failed
+    async with opened(root) as store:
+        assert await store.read(task.task_id) == ahead
 
 
 async def test_a_start_that_finds_no_space_for_the_journals_files_shows_what_is_in_it(

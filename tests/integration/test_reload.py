@@ -121,26 +121,58 @@ async def test_a_reload_whose_asker_left_is_whole_or_not_there(configuration: Co
         assert llm in server.settings.llms
 
 
+def calls(packets: list[TaskPacket]) -> list[tuple[str, str]]:
+    """Which LLM each step asked, and where that runs."""
+    steps = [event for packet in packets for event in packet.history if isinstance(event, StepFinished)]
+    return [(step.call.llm, step.call.source) for step in steps if step.call]
+
+
+def an_llm(name: str, *, source: str = "local", delay_s: float = 0.0) -> dict[str, Any]:
+    return {
+        "engine": "local.scripted",
+        "model": "m",
+        "source": source,
+        "slots": 1,
+        "options": {"replies": [f"from {name}"], "delay_s": delay_s},
+    }
+
+
 async def test_a_task_that_waits_for_an_llm_which_a_reload_takes_away_goes_where_its_role_goes_now(
     configuration: Configuration,
 ) -> None:
-    slow = {
-        "engine": "local.scripted",
-        "model": "m",
-        "source": "local",
-        "slots": 1,
-        "options": {"replies": ["from one"], "delay_s": 1.0},
-    }
-    configuration.write(llms={"one": slow})
+    # As many requests as tasks: who asks again has asked once.
+    gateway = {"limits": {"profiles": {"team": [{"per_s": 3600, "requests": 3}]}}}
+    configuration.write(llms={"one": an_llm("one", delay_s=1.0)}, gateway=gateway)
     async with configuration.running() as (server, _):
         asked = [asyncio.create_task(ask(server)) for _ in range(3)]
         await until(lambda: server.balancer.waiting == 2)
-        configuration.write("two")
+        configuration.write("two", gateway=gateway)
         await server.reload()
         ended = await asyncio.gather(*asked)
-    assert [packet.status for packet in ended] == ["completed"] * 3
-    steps = [event for packet in ended for event in packet.history if isinstance(event, StepFinished)]
-    assert sorted(step.call.llm for step in steps if step.call) == ["one", "two", "two"]
+    assert [(packet.status, packet.error) for packet in ended] == [("completed", None)] * 3
+    assert sorted(calls(ended)) == [("one", "local"), ("two", "local"), ("two", "local")]
+
+
+async def test_what_a_private_role_wrote_goes_to_no_api_because_of_a_reload(
+    configuration: Configuration,
+) -> None:
+    def profiles(privacy: str, llm: str) -> dict[str, Any]:
+        role = {"agent": "prompt", "prompt": "say.md", "llm": "quick"}
+        roles = {"echo": role, "secret": role | {"privacy": privacy}, "last": role | {"llm": llm}}
+        routes = {"echo.done": [{"to": "secret"}], "secret.done": [{"to": "last"}]}
+        return {"team": {"roles": roles, "workflow": {"routes": routes}}}
+
+    quick, slow = an_llm("quick") | {"slots": 2}, an_llm("slow", delay_s=1.0)
+    configuration.write(llms={"quick": quick, "slow": slow}, profiles=profiles("local", "slow"))
+    async with configuration.running() as (server, _):
+        asked = [asyncio.create_task(ask(server)) for _ in range(2)]
+        await until(lambda: server.balancer.waiting == 1)
+        cloud = an_llm("cloud", source="api")
+        configuration.write(llms={"quick": quick, "cloud": cloud}, profiles=profiles("any", "cloud"))
+        await server.reload()
+        ended = await asyncio.gather(*asked)
+    assert [packet.status for packet in ended] == ["completed"] * 2
+    assert sorted(calls(ended)) == [("quick", "local")] * 5 + [("slow", "local")]
 
 
 @pytest.mark.parametrize("broken", [b"Say \xff it.", None])

@@ -328,7 +328,8 @@ class _Delivery:
         await self._end(b"+ACK")
 
     async def nak(self, delay_s: float) -> None:
-        self.is_returned = self.is_returned or not self._is_ended
+        if not self._is_ended:
+            self.is_returned = True
         await self._end(b"-NAK " + json.dumps({"delay": int(delay_s * 1e9)}).encode())
 
     async def term(self) -> None:

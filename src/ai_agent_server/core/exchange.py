@@ -71,6 +71,9 @@ class _Unbound:
     def charge(self, call: LLMCall | None) -> None:
         """Nobody counts it."""
 
+    def withdraw(self) -> None:
+        """Nobody counted it."""
+
 
 class Exchange:
     """What an agent's `chat` is. `call` is the record of it, also of one that broke midway."""
@@ -108,22 +111,29 @@ class Exchange:
         prompt_tokens = input_tokens(request)
         while True:
             route = self._route()
+            bounded, max_tokens = self._bounds(request, route, prompt_tokens)
+            grant = self._senders.admit(self._packet, bounded, tokens=prompt_tokens + max_tokens)
             try:
-                return await self._ask(request, route, prompt_tokens)
+                return await self._ask(
+                    msgspec.structs.replace(request, max_tokens=max_tokens, route=grant.hints),
+                    prompt_tokens,
+                    max_tokens,
+                )
             except NoLLMError:
                 if self._route() == route:
                     raise
                 # It was to go to an LLM that a reload took away: it goes where the role's requests go now.
+                grant.withdraw()
+            finally:
+                # Also when it broke or was cut off: what was used was used.
+                grant.charge(self.call)
 
-    async def _ask(self, request: ChatRequest, route: RouteHints, prompt_tokens: int) -> ChatReply:
-        route, max_tokens = self._bounds(request, route, prompt_tokens)
+    async def _ask(self, request: ChatRequest, prompt_tokens: int, max_tokens: int) -> ChatReply:
         digest = hashlib.sha256(msgspec.json.encode(request.messages)).hexdigest()
         joined = JoinedStream()
         began = self._monotonic()
         first_token_s, told_s, pieces, chars = 0.0, 0.0, 0, 0
         was_read = False
-        grant = self._senders.admit(self._packet, route, tokens=prompt_tokens + max_tokens)
-        request = msgspec.structs.replace(request, max_tokens=max_tokens, route=grant.hints)
         try:
             async with aclosing(self._llm.stream(request, sent=self._note_sent)) as deltas:
                 async for delta in deltas:
@@ -149,7 +159,6 @@ class Exchange:
                 was_read = True
             raise
         finally:
-            # Also when it broke or was cut off: what was used was used.
             if was_read or pieces or joined.finish_reason is not None:
                 self.call = self._record(
                     joined,
@@ -158,7 +167,6 @@ class Exchange:
                     first_token_s,
                     self._monotonic() - began,
                 )
-            grant.charge(self.call)
         reply = joined.reply(
             time_to_first_token_ms=first_token_s * 1000, duration_ms=(self._monotonic() - began) * 1000
         )

@@ -749,12 +749,17 @@ class OrchestrationEngine:
         return finished
 
     def _route(self, packet: TaskPacket, name: str, began_with: Profile) -> RouteHints:
-        """Where a step's requests go: by the configuration of now, which may be another than at its begin."""
-        profile = self._profiles.get(packet.profile, began_with)
-        if name not in profile.roles:
-            profile = began_with
-        role = profile.roles[name]
-        return msgspec.structs.replace(role.hints, privacy=_privacy(packet, profile, role))
+        """Where a step's requests go: by the configuration of now, which may be another than at its begin.
+
+        What was private at its begin is so to its end: its prompt was written then.
+        """
+        now = self._profiles.get(packet.profile, began_with)
+        if name not in now.roles:
+            now = began_with
+        privacy = {_privacy(packet, profile, profile.roles[name]) for profile in (began_with, now)}
+        return msgspec.structs.replace(
+            now.roles[name].hints, privacy="local" if "local" in privacy else "any"
+        )
 
     def _finished(
         self, action: RunStep, began: float, outcome: Outcome, call: LLMCall | None

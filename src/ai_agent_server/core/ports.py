@@ -105,6 +105,10 @@ class Grant(Protocol):
         """Count what the call took, None: nothing. Once, however it ended."""
         ...
 
+    def withdraw(self) -> None:
+        """Count nothing, not even the request: it is made again. `charge` counts nothing then."""
+        ...
+
 
 class Senders(Protocol):
     """Those who send tasks: what the LLM calls of their tasks may use."""

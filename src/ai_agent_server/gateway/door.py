@@ -146,6 +146,10 @@ class StepGrant:
             used = Amounts(requests=1, tokens=tokens, gpu_s=gpu_s, usd=call.cost_usd)
             self._door.count_tier(self._caller, call.llm, used)
 
+    def withdraw(self) -> None:
+        """See `Grant.withdraw`."""
+        self._door.withdraw(self._hold)
+
 
 def access_for(settings: Settings, environ: Mapping[str, str], kept: Mapping[str, KeptKey]) -> Access:
     """What the door goes by. Raises `ConfigurationError`."""
@@ -302,6 +306,13 @@ class Door:
             hold.taken = []
         else:
             self._limiter.count(self._shares_of(caller), used, self._now())
+
+    def withdraw(self, hold: Hold) -> None:
+        """Give all of it back, the request too."""
+        if isinstance(hold, _Held):
+            for taken in hold.taken:
+                self._limiter.withdraw(taken, self._now())
+            hold.taken = []
 
     def headers(self, caller: Caller) -> dict[str, str]:
         """See `Accounts.headers`."""

@@ -263,6 +263,15 @@ class Limiter:
                 meter.give_back(grain, -more)
         taken.places.clear()
 
+    def withdraw(self, taken: Taken, now_s: float) -> None:
+        """Give back all that was set aside, requests too."""
+        for subject, bound, grain, amount in taken.places:
+            if grain is not None:
+                meter = self._meter(subject, bound)
+                meter.let_go(now_s)
+                meter.give_back(grain, amount)
+        taken.places.clear()
+
     def count(self, shares: Sequence[Share], used: Amounts, now_s: float) -> None:
         """Count what was used, whether or not there was room."""
         for share in shares:

@@ -91,9 +91,10 @@ class ModelContext:
                     self._server = self._made(there)
                     # A task of its own: the SDK's group has to be left by the task that entered it.
                     self._running = asyncio.create_task(self._run(self._server), name="model-context")
+        if self._server is not None:
+            await self._ready.wait()
         if self._server is None or self._stop.is_set():
             raise ShuttingDownError
-        await self._ready.wait()
         return self._server
 
     async def _run(self, server: "ContextServer") -> None:

@@ -272,7 +272,12 @@ class TaskFolder:
 
     def _write_again(self, contents: Mapping[str, bytes]) -> None:
         for task_id, content in contents.items():
-            self._late.setdefault(task_id, content)
+            try:
+                is_ahead = not self._is_older(task_id, content, again=True)
+            except OSError:  # it cannot even be read
+                is_ahead = False
+            if not is_ahead:
+                self._late.setdefault(task_id, content)
 
     def _removed_at_once(self, change: Change) -> bool:
         """Whether it was a removal that needs no frame, there being none of its task: it makes space."""
@@ -348,8 +353,9 @@ class TaskFolder:
                 newest[frame.task_id] = frame.content
                 if is_after_broken:
                     broken.add(path)
+        again = self._journal.is_suspect
         for task_id, content in newest.items():
-            if self._is_older(task_id, content, whatever=task_id in new_again):
+            if self._is_older(task_id, content, whatever=task_id in new_again, again=again):
                 self._late[task_id] = content
         changed, problem = len(self._late), ""
         self._journal.adopt(left, newest, end=lambda path: self._end_segment(path, is_broken=path in broken))
@@ -363,8 +369,11 @@ class TaskFolder:
         log.warning("store.journal_replayed", segments=len(left), tasks=len(newest), changed=changed)
         return problem
 
-    def _is_older(self, task_id: str, content: bytes, *, whatever: bool) -> bool:
-        """Whether the task's file does not say what its last frame says, and is not ahead of it."""
+    def _is_older(self, task_id: str, content: bytes, *, whatever: bool = False, again: bool = False) -> bool:
+        """Whether the task's file does not say what its last frame says, and is not ahead of it.
+
+        It is never ahead with `whatever`; with `again` one that says the same counts as older.
+        """
         path = self.path(task_id)
         try:
             there = path.read_bytes()
@@ -377,7 +386,7 @@ class TaskFolder:
             with suppress(CorruptTaskError):
                 if decode_head(there).revision > decode_head(content).revision:
                     return False
-        return there != content
+        return again or there != content
 
     def _end_segment(self, path: Path, *, is_broken: bool) -> None:
         # It may be out of the way since a try that failed after that.

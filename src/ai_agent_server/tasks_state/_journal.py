@@ -22,6 +22,8 @@ from ai_agent_server.durable import sync_files, sync_folder, write_all
 SUFFIX = ".log"
 SEGMENT_BYTES = 32 * 1024 * 1024
 """From here on the journal goes on in another segment, and the files that this one names are synced."""
+_SUSPECT = "suspect"
+"""A file that says so to the next start, which would find in memory what is not on the disk."""
 _BACKLOG = 4
 """A segment is at most so many times as long: then its writer waits for the checkpoint of the one before."""
 _MAGIC = b"\xfftj1"
@@ -54,8 +56,8 @@ class Journal:
     """Frames in `folder/<number>.log`, until the files that they name are safe themselves.
 
     Owned by one thread at a time. `file_of` says where a task's file is; `catch_up` brings every file
-    to its last frame, and raises `OSError` where it cannot; `write_again` is given contents that
-    `catch_up` is to write once more.
+    to its last frame, and raises `OSError` where it cannot; `write_again` is given the last frames that
+    `catch_up` is to write once more, whatever the files seem to say.
     """
 
     def __init__(
@@ -77,6 +79,11 @@ class Journal:
         self._older: list[_Segment] = []
         self._checkpoint: threading.Thread | None = None
         self._doubtful = False
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether an fsync of files that it names failed, now or in the run before."""
+        return (self.folder / _SUSPECT).exists()
 
     @property
     def is_empty(self) -> bool:
@@ -141,6 +148,7 @@ class Journal:
         while self._older:
             self._retire(self._older[0])
             del self._older[0]
+        self._clear()
         self._doubtful = False
 
     def close(self) -> None:
@@ -215,12 +223,19 @@ class Journal:
                 log.warning("store.checkpoint_failed", segment=str(self._older[0].path), problem=str(exc))
                 return
             del self._older[0]
+        with suppress(OSError):
+            self._clear()
+
+    def _clear(self) -> None:
+        (self.folder / _SUSPECT).unlink(missing_ok=True)
 
     def _retire(self, segment: _Segment) -> None:
         try:
             sync_files(self._file_of(task_id) for task_id in segment.task_ids)
         except OSError:
             segment.is_suspect = True
+            with suppress(OSError):
+                (self.folder / _SUSPECT).touch()
             raise
         # Its unlink is safe before the next one's: what is left is always the journal's newer part.
         segment.end(segment.path)
