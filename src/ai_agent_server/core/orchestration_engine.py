@@ -754,12 +754,13 @@ class OrchestrationEngine:
         What was private at its begin is so to its end: its prompt was written then.
         """
         now = self._profiles.get(packet.profile, began_with)
-        if name not in now.roles:
-            now = began_with
-        privacy = {_privacy(packet, profile, profile.roles[name]) for profile in (began_with, now)}
-        return msgspec.structs.replace(
-            now.roles[name].hints, privacy="local" if "local" in privacy else "any"
-        )
+        role = now.roles.get(name)
+        if role is None:
+            now, role = began_with, began_with.roles[name]
+        privacy = _privacy(packet, now, role)
+        if now is not began_with and privacy == "any":
+            privacy = _privacy(packet, began_with, began_with.roles[name])
+        return msgspec.structs.replace(role.hints, privacy=privacy)
 
     def _finished(
         self, action: RunStep, began: float, outcome: Outcome, call: LLMCall | None
