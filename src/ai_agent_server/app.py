@@ -412,7 +412,7 @@ async def running(
         await engine.start()
         await stack.enter_async_context(_housekeeping(settings.store.retention, store, state_dir))
         await stack.enter_async_context(handler)
-        await stack.enter_async_context(surfaces.model_context)
+        stack.push_async_callback(surfaces.model_context.aclose)
         stack.push_async_callback(engine.aclose)
         if config is not None:
             watch = asyncio.create_task(_reload_on_change(server, config), name="config-watch")

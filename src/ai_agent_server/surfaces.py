@@ -103,13 +103,15 @@ def surfaces_for(
     messages = AnthropicApi(serving, settings=settings, write_timeout_s=write_timeout_s)
     runner = ToolRunner(serving, tools=tools, tiers=lambda: settings().gateway.tiers, views=balancer.views)
     model_context = ModelContext(
-        runner=runner,
-        serving=serving,
-        orchestration=orchestration,
-        settings=settings,
-        version=version,
-        max_body_bytes=max_body_bytes,
-        clock=clock,
+        lambda server: server(
+            runner=runner,
+            serving=serving,
+            orchestration=orchestration,
+            settings=settings,
+            version=version,
+            max_body_bytes=max_body_bytes,
+            clock=clock,
+        )
     )
     return Surfaces(
         serving=serving,

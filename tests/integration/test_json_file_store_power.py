@@ -86,6 +86,17 @@ def segment_in(root: Path) -> Path:
     return path
 
 
+async def ahead_of_its_journal(tmp_path: Path) -> tuple[Path, TaskPacket]:
+    """A folder after a cut that took the journal's last frame, and the task as its file has it."""
+    async with opened(tmp_path / "state") as store:
+        task = await accepted(store)
+        length = segment_in(tmp_path / "state").stat().st_size
+        ahead = await started(store, task)
+        root = after_the_cut(tmp_path / "state", tmp_path / "cut")
+    os.truncate(segment_in(root), length)
+    return root, ahead
+
+
 async def test_a_clean_stop_leaves_task_files_and_no_journal(tmp_path: Path) -> None:
     async with opened(tmp_path / "state") as store:
         task = await accepted(store)
@@ -228,14 +239,9 @@ async def test_a_new_task_under_a_deleted_ones_id_beats_the_old_file(tmp_path: P
 
 
 async def test_a_file_that_is_ahead_of_the_journal_stays(tmp_path: Path) -> None:
-    async with opened(tmp_path / "state") as store:
-        task = await accepted(store)
-        length = segment_in(tmp_path / "state").stat().st_size
-        ahead = await started(store, task)
-        root = after_the_cut(tmp_path / "state", tmp_path / "cut")
-    os.truncate(segment_in(root), length)
+    root, ahead = await ahead_of_its_journal(tmp_path)
     async with opened(root) as store:
-        assert await store.read(task.task_id) == ahead
+        assert await store.read(ahead.task_id) == ahead
 
 
 async def test_a_refused_create_is_not_there_after_a_restart(tmp_path: Path) -> None:
@@ -398,19 +404,14 @@ async def test_a_start_after_an_fsync_that_failed_trusts_no_file(tmp_path: Path)
 
 
 async def test_a_file_that_is_ahead_of_a_journal_whose_fsync_fails_stays(tmp_path: Path) -> None:
-    async with opened(tmp_path / "state") as store:
-        task = await accepted(store)
-        length = segment_in(tmp_path / "state").stat().st_size
-        ahead = await started(store, task)
-        root = after_the_cut(tmp_path / "state", tmp_path / "cut")
-    os.truncate(segment_in(root), length)
-    with one_fsync_fails(file_in(root, task.task_id), errno.ENOSPC) as failed:
+    root, ahead = await ahead_of_its_journal(tmp_path)
+    with one_fsync_fails(file_in(root, ahead.task_id), errno.ENOSPC) as failed:
         async with opened(root) as store:
-            assert await store.read(task.task_id) == ahead
+            assert await store.read(ahead.task_id) == ahead
             await accepted(store)
     assert failed
     async with opened(root) as store:
-        assert await store.read(task.task_id) == ahead
+        assert await store.read(ahead.task_id) == ahead
 
 
 async def test_a_start_that_finds_no_space_for_the_journals_files_shows_what_is_in_it(

@@ -42,7 +42,7 @@ from ai_agent_server.gateway.serving import Serving
 from ai_agent_server.gateway.tool_runner import ToolRunner, ToolWork
 from ai_agent_server.llm_engines.base import JoinedStream
 
-__all__ = ("ContextServer", "failed")
+__all__ = ("ContextServer",)
 
 log = structlog.get_logger(__name__)
 
@@ -72,11 +72,10 @@ class ContextServer:
         version: str,
         max_body_bytes: int,
         clock: Callable[[], float],
-        progress_s: float = PROGRESS_S,
     ) -> None:
         """`clock` is monotonic, in seconds."""
         self._runner, self._serving, self._orchestration = runner, serving, orchestration
-        self._settings, self._clock, self._progress_s = settings, clock, progress_s
+        self._settings, self._clock = settings, clock
         self._checks = {name: PayloadCheck(tool.parameters, at="") for name, tool in OWN_TOOLS.items()}
         reading = Reading(orchestration)
         self.sessions = StreamableHTTPSessionManager(
@@ -127,7 +126,7 @@ class ContextServer:
             return await self._own(context, own, arguments, caller)
         except AgentServerError as exc:
             log.info("mcp.tool_failed", tool=params.name, error=type(exc).__name__)
-            return failed(exc)
+            return _failed(exc)
 
     async def _text_tool(
         self, context: Context, name: str, arguments: JSONObject, caller: Caller
@@ -280,7 +279,7 @@ class ContextServer:
         started_s = self._clock()
         working = asyncio.ensure_future(work)
         try:
-            while not (await asyncio.wait({working}, timeout=self._progress_s))[0]:
+            while not (await asyncio.wait({working}, timeout=PROGRESS_S))[0]:
                 await context.session.report_progress(round(self._clock() - started_s, 1), None, say())
             return working.result()
         finally:
@@ -313,7 +312,7 @@ class _TaskTold:
         return self._now
 
 
-def failed(exc: AgentServerError) -> types.CallToolResult:
+def _failed(exc: AgentServerError) -> types.CallToolResult:
     """An error as the model reads it: what is wrong, and what would be right."""
     words = [str(exc)]
     if isinstance(exc, InvalidPacketError) and exc.choices:

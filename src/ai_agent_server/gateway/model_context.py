@@ -2,17 +2,13 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from litestar import asgi
 from litestar.handlers import ASGIRouteHandler
 from litestar.types import Receive, Scope, Send
 
-from ai_agent_server.config.settings import Settings
-from ai_agent_server.core.ports import Orchestration
 from ai_agent_server.errors import ShuttingDownError
-from ai_agent_server.gateway.serving import Serving
-from ai_agent_server.gateway.tool_runner import ToolRunner
 
 if TYPE_CHECKING:
     from ai_agent_server.gateway._mcp_server import ContextServer
@@ -23,37 +19,15 @@ PATH = "/mcp"
 
 
 class ModelContext:
-    """The endpoint. Use it as `async with`.
+    """The endpoint, until `aclose`.
 
     The protocol's SDK takes as long to import as the rest of the server together, and 30 MB: only who
     speaks the protocol waits for it.
     """
 
-    def __init__(
-        self,
-        *,
-        runner: ToolRunner,
-        serving: Serving,
-        orchestration: Orchestration,
-        settings: Callable[[], Settings],
-        version: str,
-        max_body_bytes: int,
-        clock: Callable[[], float],
-    ) -> None:
-        """`clock` is monotonic, in seconds."""
-
-        def made(server: "type[ContextServer]") -> "ContextServer":
-            return server(
-                runner=runner,
-                serving=serving,
-                orchestration=orchestration,
-                settings=settings,
-                version=version,
-                max_body_bytes=max_body_bytes,
-                clock=clock,
-            )
-
-        self._made = made
+    def __init__(self, make: "Callable[[type[ContextServer]], ContextServer]") -> None:
+        """`make` makes the server of its class."""
+        self._make = make
         self._making = asyncio.Lock()
         self._server: ContextServer | None = None
         self._running: asyncio.Task[None] | None = None
@@ -71,12 +45,6 @@ class ModelContext:
 
         return model_context
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
     async def aclose(self) -> None:
         """End every session, and take no request any more. May be called twice."""
         self._stop.set()
@@ -88,7 +56,7 @@ class ModelContext:
             if self._server is None and not self._stop.is_set():
                 there = await asyncio.to_thread(_imported)
                 if not self._stop.is_set():
-                    self._server = self._made(there)
+                    self._server = self._make(there)
                     # A task of its own: the SDK's group has to be left by the task that entered it.
                     self._running = asyncio.create_task(self._run(self._server), name="model-context")
         if self._server is not None:
